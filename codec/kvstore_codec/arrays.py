@@ -1,0 +1,130 @@
+"""Arrays from the outside world as planes, without copies where their memory allows.
+
+A *plane* is one layer's K or V of one chunk: an unsigned-integer view `[tokens, kv_heads, dim]` of the array's
+own memory (the codec works on bits; dtype is the layout's business). Accepted: numpy (ml_dtypes included), torch
+CPU tensors, anything with DLPack; one array `[layers, 2, tokens, kv_heads, head_dim]`, or a list of (k, v).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from kvstore_codec import _native
+from kvstore_codec.errors import LayoutError
+from kvstore_codec.layout import KVLayout
+
+#: one array or a list of (k, v) pairs; see the module's docstring
+KVArray = Any
+Plane = npt.NDArray[np.unsignedinteger[Any]]
+
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+}
+_BITS: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+
+
+def empty(layout: KVLayout, tokens: int) -> KVArray:
+    """A new array for `tokens` tokens of `layout`: numpy, or a list of (k, v) where layers differ in shape."""
+    dtype = _NUMPY_DTYPES[layout.dtype]
+    first = layout.layers[0]
+    if layout.is_uniform:
+        return np.empty((layout.num_layers, 2, tokens, first.kv_heads, first.k_dim), dtype)
+    return [
+        (
+            np.empty((tokens, layer.kv_heads, layer.k_dim), dtype),
+            np.empty((tokens, layer.kv_heads, layer.v_dim), dtype),
+        )
+        for layer in layout.layers
+    ]
+
+
+def token_slice(kv: KVArray, first: int, last: int) -> KVArray:
+    """Tokens [first, last) of `kv`, as views, in the form in which `kv` came."""
+    if isinstance(kv, list | tuple):
+        return [(k[first:last], v[first:last]) for k, v in kv]
+    return kv[:, :, first:last]
+
+
+def token_count(kv: KVArray, layout: KVLayout) -> int:
+    """Tokens in `kv`; raises LayoutError, naming the axis, when it does not fit `layout`."""
+    return int(planes(kv, layout)[0].shape[0])
+
+
+def planes(kv: KVArray, layout: KVLayout) -> list[Plane]:
+    """K₀, V₀, K₁, V₁, … as views of `kv`'s memory. Raises LayoutError when shapes or dtype do not fit."""
+    if isinstance(kv, list | tuple):
+        arrays = _pairs(kv, layout)
+    else:
+        whole = _bits(kv, layout.dtype)
+        first = layout.layers[0]
+        if not layout.is_uniform:
+            raise LayoutError("layers of this layout differ in shape: pass a list of (k, v) pairs")
+        expected = (layout.num_layers, 2, whole.shape[2] if whole.ndim == 5 else -1, first.kv_heads, first.k_dim)
+        if whole.shape != expected:
+            raise LayoutError(
+                "kv must be [layers, 2, tokens, kv_heads, head_dim]", got=whole.shape,
+                expected=(layout.num_layers, 2, "tokens", first.kv_heads, first.k_dim),
+            )  # fmt: skip
+        arrays = [whole[layer, plane] for layer in range(layout.num_layers) for plane in range(2)]
+    return arrays
+
+
+def contiguous_rows(plane: Plane) -> bool:
+    """Heads and dims of one token lie together, as the codec's inner loops want (tokens may be apart)."""
+    return plane.shape[0] == 0 or plane[0].flags.c_contiguous
+
+
+def _pairs(kv: Sequence[Any], layout: KVLayout) -> list[Plane]:
+    if len(kv) != layout.num_layers or any(len(pair) != 2 for pair in kv):
+        raise LayoutError("kv must be one (k, v) pair a layer", got=len(kv), expected=layout.num_layers)
+    arrays = [_bits(array, layout.dtype) for pair in kv for array in pair]
+    tokens = arrays[0].shape[0] if arrays[0].ndim else 0
+    for index, array in enumerate(arrays):
+        layer = layout.layers[index // 2]
+        expected = (tokens, layer.kv_heads, layer.v_dim if index % 2 else layer.k_dim)
+        if array.shape != expected:
+            raise LayoutError(
+                f"{'v' if index % 2 else 'k'} of layer {index // 2} must be [tokens, kv_heads, dim]",
+                got=array.shape, expected=expected,
+            )  # fmt: skip
+    return arrays
+
+
+def _bits(array: Any, dtype: str) -> Plane:
+    """The array's memory as unsigned integers of its element size."""
+    if not isinstance(array, np.ndarray):
+        array = _to_numpy(array)
+    wanted = _NUMPY_DTYPES[dtype]
+    if array.dtype != wanted:
+        raise LayoutError(f"kv is {array.dtype} but the layout says {dtype}: cast it, or change the layout's dtype")
+    bits: Plane = array.view(_BITS[wanted.itemsize])
+    return bits
+
+
+def _to_numpy(array: Any) -> npt.NDArray[Any]:
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        if array.device.type != "cpu":
+            raise LayoutError("kv lies on an accelerator: pass kv.cpu()", device=array.device)
+        array = array.detach()
+    elif not hasattr(array, "__dlpack__"):
+        raise LayoutError("kv must be a numpy array, a torch tensor or support DLPack", got=type(array).__name__)
+    try:
+        name, bits = _native.view_bits(array)
+    except (TypeError, BufferError) as error:
+        raise LayoutError(f"kv's memory cannot be read: {error}") from error
+    if name not in _NUMPY_DTYPES:
+        raise LayoutError("kv has a dtype that kvstore does not store", dtype=name)
+    return np.asarray(bits).view(_NUMPY_DTYPES[name])

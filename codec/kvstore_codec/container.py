@@ -1,0 +1,326 @@
+"""The object format "KVC": fixed header, segment table, payload (byte by byte in codec/FORMAT.md).
+
+Segments are ordered quality-major, so the first `layer_bytes[q]` bytes of an object are a complete, smaller
+object. Everything is checked before anything is decoded: header checksum, table checksum, that lengths add up
+to the buffer, and each segment's own checksum. Nothing here allocates by a number read from the bytes before
+that number has been compared with the length of the buffer.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from functools import cached_property
+
+import xxhash
+
+from kvstore_codec.errors import DamagedObject, ErrorCode, UnsupportedObject
+from kvstore_codec.layout import CHUNK_TOKENS_MAX, DTYPE_BYTES, LAYERS_MAX
+from kvstore_codec.quality import Quality
+
+MAGIC = b"KVCO"
+FORMAT_VERSION = 1
+QUALITY_LAYERS_MAX = 3
+
+_HEADER = struct.Struct("<4sHH32s32sIIQBBBBBBH32sQQQQIIQQQ")
+_ENTRY = struct.Struct("<BBHHHQQ")
+HEADER_BYTES = _HEADER.size
+SEGMENT_ENTRY_BYTES = _ENTRY.size
+_HEADER_CHECKED = HEADER_BYTES - 8
+assert (HEADER_BYTES, SEGMENT_ENTRY_BYTES) == (192, 24)
+
+SEGMENTS_MAX = LAYERS_MAX * 2 * QUALITY_LAYERS_MAX
+DTYPE_CODES = {name: code for code, name in enumerate(DTYPE_BYTES)}
+_DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
+
+Buffer = bytes | bytearray | memoryview
+
+
+class CodecId(IntEnum):
+    RAW = 0
+    LOSSLESS = 1
+    CF = 2  # calibration-free lossy
+
+
+class Flags(IntFlag):
+    TAIL = 1  # a partial last chunk
+
+
+class KV(IntFlag):
+    """Which of a layer's two planes a segment holds."""
+
+    K = 1
+    V = 2
+
+
+@dataclass(frozen=True)
+class ObjectHeader:
+    """The fixed header. `quality` is the best the whole object reads at; `layer_bytes[q]` is the length of the
+    prefix that holds quality layers 0…q; `raw_bytes` is the size of the array it decodes to."""
+
+    namespace_id: bytes
+    chunk_hash: bytes
+    part: int
+    tokens: int
+    first_position: int
+    codec: CodecId
+    dtype: str
+    quality: Quality
+    provenance: Quality
+    flags: Flags
+    layers: int
+    profile_id: bytes
+    raw_bytes: int
+    layer_bytes: tuple[int, ...]
+    segments: int
+    table_checksum: int
+
+    @property
+    def tail(self) -> bool:
+        return Flags.TAIL in self.flags
+
+    @property
+    def object_bytes(self) -> int:
+        """Length of the whole object."""
+        return self.layer_bytes[-1]
+
+    @property
+    def table_end(self) -> int:
+        return HEADER_BYTES + self.segments * SEGMENT_ENTRY_BYTES
+
+    def layers_in(self, length: int) -> int:
+        """Quality layers that a buffer of `length` bytes holds; DamagedObject unless it ends with one."""
+        try:
+            return self.layer_bytes.index(length) + 1
+        except ValueError:
+            raise DamagedObject(
+                "the object's length ends inside a quality layer", code=ErrorCode.TRUNCATED,
+                bytes=length, expected="|".join(map(str, self.layer_bytes)),
+            ) from None  # fmt: skip
+
+    def quality_at(self, length: int) -> Quality:
+        """Quality that the first `length` bytes read at; DamagedObject unless they end with a quality layer."""
+        layers = self.layers_in(length)
+        return self.quality if self.codec is not CodecId.CF else Quality.of_lossy_layers(layers)
+
+    def length_for(self, quality: Quality) -> int:
+        """Bytes to read for `quality`: the longest prefix that is no better than it, at least layer 0."""
+        if self.codec is not CodecId.CF or quality.exact:
+            return self.object_bytes
+        return self.layer_bytes[min(quality.lossy_layers, len(self.layer_bytes)) - 1]
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One independently decodable run of bytes: planes `kv` of layers [layer_first, layer_first + layer_count)."""
+
+    quality_layer: int
+    kv: KV
+    layer_first: int
+    layer_count: int
+    offset: int
+    length: int
+    checksum: int
+
+    @property
+    def planes(self) -> tuple[KV, int, int]:
+        return self.kv, self.layer_first, self.layer_count
+
+
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What `inspect` and `verify` tell of a buffer: its header, the quality it holds, its segments."""
+
+    header: ObjectHeader
+    quality: Quality
+    segments: tuple[SegmentInfo, ...]
+
+    @cached_property
+    def bits_per_element(self) -> dict[str, float]:
+        """Stored bits (headers, tables and side information included) an element, by quality held."""
+        elements = self.header.raw_bytes // DTYPE_BYTES[self.header.dtype]
+        layers = self.segments[-1].quality_layer + 1
+        return {
+            self.header.quality_at(length).label: 8 * length / elements
+            for length in self.header.layer_bytes[:layers]
+        }
+
+
+@dataclass(frozen=True)
+class NewSegment:
+    """A segment to be written."""
+
+    quality_layer: int
+    kv: KV
+    layer_first: int
+    layer_count: int
+    payload: Buffer
+
+
+def pack(
+    segments: Sequence[NewSegment], *,
+    namespace_id: bytes, chunk_hash: bytes, part: int, tokens: int, first_position: int, codec: CodecId,
+    dtype: str, quality: Quality, provenance: Quality, flags: Flags, layers: int, raw_bytes: int,
+    profile_id: bytes = bytes(32),
+) -> bytes:  # fmt: skip
+    """One object as bytes. `segments` come quality-major; raises nothing for what `api.encode` passes."""
+    table = b"".join(
+        _ENTRY.pack(
+            s.quality_layer, s.kv, s.layer_first, s.layer_count, 0, len(s.payload), xxhash.xxh3_64_intdigest(s.payload)
+        )
+        for s in segments
+    )
+    layer_bytes: list[int] = []
+    length = HEADER_BYTES + len(table)
+    for segment in segments:
+        if segment.quality_layer == len(layer_bytes):
+            layer_bytes.append(length)
+        length += len(segment.payload)
+        layer_bytes[-1] = length
+    quality_layers = len(layer_bytes)
+    header = _HEADER.pack(
+        MAGIC, FORMAT_VERSION, HEADER_BYTES, namespace_id, chunk_hash, part, tokens, first_position,
+        codec, DTYPE_CODES[dtype], quality, quality_layers, provenance, flags, layers, profile_id, raw_bytes,
+        *layer_bytes, *[0] * (QUALITY_LAYERS_MAX - quality_layers),
+        len(segments), 0, xxhash.xxh3_64_intdigest(table), 0, 0,
+    )  # fmt: skip
+    checksum = xxhash.xxh3_64_intdigest(header[:_HEADER_CHECKED])
+    return b"".join(
+        [header[:_HEADER_CHECKED], checksum.to_bytes(8, "little"), table, *(s.payload for s in segments)]
+    )
+
+
+def parse_header(buffer: Buffer) -> ObjectHeader:
+    """The fixed header alone (the first HEADER_BYTES of an object). Raises DamagedObject, UnsupportedObject."""
+    view = memoryview(buffer)
+    if len(view) < HEADER_BYTES:
+        raise DamagedObject("too short for an object header", code=ErrorCode.TRUNCATED, bytes=len(view))
+    (
+        magic, version, header_bytes, namespace_id, chunk_hash, part, tokens, first_position,
+        codec, dtype, quality, quality_layers, provenance, flags, layers, profile_id, raw_bytes,
+        length_0, length_1, length_2, segments, reserved_1, table_checksum, reserved_2, checksum,
+    ) = _HEADER.unpack_from(view)  # fmt: skip
+    if magic != MAGIC:
+        raise DamagedObject("not a kvstore object", code=ErrorCode.MAGIC_MISMATCH, magic=magic.hex())
+    if version != FORMAT_VERSION:
+        raise UnsupportedObject(
+            "object format version is not known here", code=ErrorCode.VERSION_UNSUPPORTED, version=version
+        )
+    if checksum != xxhash.xxh3_64_intdigest(view[:_HEADER_CHECKED]):
+        raise DamagedObject("header checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
+    if codec not in tuple(CodecId) or any(profile_id):
+        raise UnsupportedObject(
+            "codec or profile is not known here", code=ErrorCode.CODEC_UNSUPPORTED, codec=codec, profile=profile_id.hex()
+        )  # fmt: skip
+    layer_bytes = (length_0, length_1, length_2)[:quality_layers]
+    header = ObjectHeader(
+        namespace_id, chunk_hash, part, tokens, first_position, CodecId(codec), _DTYPE_NAMES.get(dtype, ""),
+        _quality(quality), _quality(provenance), Flags(flags & Flags.TAIL), layers, profile_id, raw_bytes,
+        layer_bytes, segments, table_checksum,
+    )  # fmt: skip
+    best = {CodecId.RAW: Quality.RAW, CodecId.LOSSLESS: Quality.LOSSLESS}.get(header.codec)
+    # A checksum protects against damage, not against a writer who computes it: the numbers are checked too.
+    sane = (
+        header_bytes == HEADER_BYTES
+        and header.dtype != ""
+        and 1 <= tokens <= CHUNK_TOKENS_MAX
+        and 1 <= layers <= LAYERS_MAX
+        and 1 <= quality_layers <= QUALITY_LAYERS_MAX
+        and header.quality == (Quality.of_lossy_layers(quality_layers) if best is None else best)
+        and (best is None or quality_layers == 1)
+        and 1 <= segments <= SEGMENTS_MAX
+        and all(a < b for a, b in zip((header.table_end, *layer_bytes), layer_bytes, strict=False))
+        and not any((length_0, length_1, length_2)[quality_layers:])
+        and raw_bytes > 0
+        and flags == header.flags
+        and first_position < 1 << 48
+        and reserved_1 == reserved_2 == 0
+    )
+    if not sane:
+        raise DamagedObject("header fields contradict each other", code=ErrorCode.STRUCTURE)
+    return header
+
+
+def inspect(buffer: Buffer) -> ObjectInfo:
+    """Header and segment table of an object or of a valid prefix of one; payload checksums are not read.
+
+    Raises DamagedObject or UnsupportedObject.
+    """
+    header = parse_header(buffer)
+    view = memoryview(buffer)
+    quality_layers = header.layers_in(len(view))
+    table = view[HEADER_BYTES : header.table_end]
+    if len(table) != header.segments * SEGMENT_ENTRY_BYTES:
+        raise DamagedObject("segment table exceeds the object", code=ErrorCode.TRUNCATED)
+    if xxhash.xxh3_64_intdigest(table) != header.table_checksum:
+        raise DamagedObject("segment table checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
+    segments: list[SegmentInfo] = []
+    offset = header.table_end
+    for quality_layer, kv, first, count, reserved, length, checksum in _ENTRY.iter_unpack(table):
+        if reserved or not 1 <= kv <= 3 or count < 1 or first + count > header.layers:
+            raise DamagedObject("segment table holds an impossible segment", code=ErrorCode.STRUCTURE)
+        segments.append(SegmentInfo(quality_layer, KV(kv), first, count, offset, length, checksum))
+        offset += length
+    _check_order(header, segments)
+    held = tuple(segment for segment in segments if segment.quality_layer < quality_layers)
+    return ObjectInfo(header, header.quality_at(len(view)), held)
+
+
+def verify(buffer: Buffer) -> ObjectInfo:
+    """`inspect`, and every held segment's checksum. Needs no layout. Raises DamagedObject, UnsupportedObject."""
+    info = inspect(buffer)
+    for segment in info.segments:
+        segment_bytes(buffer, segment)
+    return info
+
+
+def segment_bytes(buffer: Buffer, segment: SegmentInfo) -> memoryview:
+    """A segment's payload, after comparing its checksum. Raises DamagedObject."""
+    payload = memoryview(buffer)[segment.offset : segment.offset + segment.length]
+    if xxhash.xxh3_64_intdigest(payload) != segment.checksum:
+        raise DamagedObject(
+            "segment checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH,
+            layer=segment.layer_first, quality_layer=segment.quality_layer,
+        )  # fmt: skip
+    return payload
+
+
+def truncate(buffer: Buffer, quality: str | Quality) -> memoryview:
+    """The prefix of an object that reads at `quality`, or all of it where it is no better already.
+
+    Raises DamagedObject or UnsupportedObject.
+    """
+    header = parse_header(buffer)
+    view = memoryview(buffer)
+    header.layers_in(len(view))
+    return view[: min(len(view), header.length_for(Quality.parse(quality)))]
+
+
+def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
+    """Each quality layer covers every (layer, K|V) plane once, in one grouping, and ends where the header says."""
+    per_layer = len(segments) // len(header.layer_bytes)
+    groups = [segment.planes for segment in segments[:per_layer]]
+    covered = sorted(
+        (layer, plane)
+        for kv, first, count in groups
+        for layer in range(first, first + count)
+        for plane in (KV.K, KV.V)
+        if plane in kv
+    )
+    ok = per_layer * len(header.layer_bytes) == len(segments) and covered == [
+        (layer, plane) for layer in range(header.layers) for plane in (KV.K, KV.V)
+    ]
+    for index, segment in enumerate(segments):
+        ok = ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
+        if (index + 1) % per_layer == 0:
+            ok = ok and segment.offset + segment.length == header.layer_bytes[index // per_layer]
+    if not ok:
+        raise DamagedObject("segment table does not add up", code=ErrorCode.STRUCTURE)
+
+
+def _quality(value: int) -> Quality:
+    if value not in tuple(Quality):
+        raise DamagedObject("header names an unknown quality", code=ErrorCode.STRUCTURE, quality=value)
+    return Quality(value)
