@@ -1,0 +1,38 @@
+"""Everything that can go wrong inside a node, as one tree.
+
+    KvStoreError
+    └── ConfigError      the configuration cannot be used; `problems` has one line each
+
+`code` is stable and names the metric label; `context` holds what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+
+
+class Code(str, Enum):
+    CONFIG = "config"
+    INTERNAL = "internal"
+
+
+class KvStoreError(Exception):
+    """Root of the node's errors; `str()` is one line."""
+
+    def __init__(self, message: str, *, code: Code, **context: object) -> None:
+        super().__init__(message)
+        self.code = code
+        self.context = context
+
+    def __str__(self) -> str:
+        details = ", ".join(f"{key}={value}" for key, value in self.context.items())
+        return f"{self.args[0]} ({details})" if details else str(self.args[0])
+
+
+class ConfigError(KvStoreError):
+    """The configuration cannot be used. `problems`: one line each, naming source, key, value and fix."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems), code=Code.CONFIG)
+        self.problems = tuple(problems)
