@@ -13,11 +13,11 @@ import numpy as np
 from scipy.stats import gennorm, norm
 
 SLOTS = 4096
-SCALES = 48            # σ/step = 2^((index − 16)/4)
-LIMIT = 127            # symbols −127…127, then escape
+SCALES = 48  # σ/step = 2^((index − 16)/4)
+LIMIT = 127  # symbols −127…127, then escape
 SHAPE = 1.4
 EXPONENT_SYMBOLS = 64  # 62 distances below the base exponent, one unused, then escape
-PHASES = 4             # of log2 σ within an octave
+PHASES = 4  # of log2 σ within an octave
 BIASES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 10.0, 20.0)  # |mean|/σ of a channel
 
 
@@ -42,12 +42,19 @@ def scale_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         law = gennorm(SHAPE, scale=unit * 2.0 ** ((index - 16) / 4))
         k = np.arange(1, LIMIT + 1)
         tail = law.sf(k - 0.5) - law.sf(k + 0.5)
-        symbols.append(frequencies(np.concatenate([tail[::-1], [1 - 2 * law.sf(0.5)], tail, [2 * law.sf(LIMIT + 0.5)]])))
+        symbols.append(
+            frequencies(np.concatenate([tail[::-1], [1 - 2 * law.sf(0.5)], tail, [2 * law.sf(LIMIT + 0.5)]]))
+        )
         thirds = []
         for magnitude in range(3):
             edges = magnitude + np.array([-0.5, -1 / 6, 1 / 6, 0.5])
             # An escape value stands in for the last symbol's rule, which a digit does not have.
-            p = np.maximum(law.cdf(edges[1:]) - law.cdf(edges[:-1]) if edges[0] < 0 else law.sf(edges[:-1]) - law.sf(edges[1:]), 1e-300)
+            p = np.maximum(
+                law.cdf(edges[1:]) - law.cdf(edges[:-1])
+                if edges[0] < 0
+                else law.sf(edges[:-1]) - law.sf(edges[1:]),
+                1e-300,
+            )
             freq = np.maximum(1, np.round(p / p.sum() * SLOTS)).astype(np.int64)
             freq[int(freq.argmax())] += SLOTS - freq.sum()
             if magnitude == 0:  # exactly symmetric

@@ -3,16 +3,42 @@
 from kvstore_codec.api import decode, encode
 from kvstore_codec.arrays import KVArray, empty, token_count, token_slice
 from kvstore_codec.container import (
-    HEADER_BYTES, CodecId, ObjectHeader, ObjectInfo, SegmentInfo, inspect, parse_header, truncate, verify,
+    HEADER_BYTES,
+    CodecId,
+    ObjectHeader,
+    ObjectInfo,
+    SegmentInfo,
+    inspect,
+    parse_header,
+    truncate,
+    verify,
 )  # fmt: skip
 from kvstore_codec.errors import (
-    CodecError, DamagedObject, ErrorCode, ForeignObject, LayoutError, ObjectError, UnsupportedObject, ValuesError,
+    CodecError,
+    DamagedObject,
+    ErrorCode,
+    ForeignObject,
+    LayoutError,
+    ObjectError,
+    UnsupportedObject,
+    ValuesError,
 )  # fmt: skip
 from kvstore_codec.identity import (
-    DEFAULT_TENANT_KEY, ChunkRef, Extras, MultimodalItem, chunk_refs, wrap_engine_hashes,
+    DEFAULT_TENANT_KEY,
+    ChunkRef,
+    Extras,
+    MultimodalItem,
+    chunk_refs,
+    wrap_engine_hashes,
 )  # fmt: skip
 from kvstore_codec.layout import (
-    KVLayout, LayerKind, LayerSpec, Partition, RoPE, RopeScaling, namespace_id_of,
+    KVLayout,
+    LayerKind,
+    LayerSpec,
+    Partition,
+    RoPE,
+    RopeScaling,
+    namespace_id_of,
 )  # fmt: skip
 from kvstore_codec.quality import Quality
 

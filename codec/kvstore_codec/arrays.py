@@ -71,7 +71,13 @@ def planes(kv: KVArray, layout: KVLayout) -> list[Plane]:
         first = layout.layers[0]
         if not layout.is_uniform:
             raise LayoutError("layers of this layout differ in shape: pass a list of (k, v) pairs")
-        expected = (layout.num_layers, 2, whole.shape[2] if whole.ndim == 5 else -1, first.kv_heads, first.k_dim)
+        expected = (
+            layout.num_layers,
+            2,
+            whole.shape[2] if whole.ndim == 5 else -1,
+            first.kv_heads,
+            first.k_dim,
+        )
         if whole.shape != expected:
             raise LayoutError(
                 "kv must be [layers, 2, tokens, kv_heads, head_dim]", got=whole.shape,
@@ -108,7 +114,9 @@ def _bits(array: Any, dtype: str) -> Plane:
         array = _to_numpy(array)
     wanted = _NUMPY_DTYPES[dtype]
     if array.dtype != wanted:
-        raise LayoutError(f"kv is {array.dtype} but the layout says {dtype}: cast it, or change the layout's dtype")
+        raise LayoutError(
+            f"kv is {array.dtype} but the layout says {dtype}: cast it, or change the layout's dtype"
+        )
     bits: Plane = array.view(_BITS[wanted.itemsize])
     return bits
 
@@ -120,7 +128,9 @@ def _to_numpy(array: Any) -> npt.NDArray[Any]:
             raise LayoutError("kv lies on an accelerator: pass kv.cpu()", device=array.device)
         array = array.detach()
     elif not hasattr(array, "__dlpack__"):
-        raise LayoutError("kv must be a numpy array, a torch tensor or support DLPack", got=type(array).__name__)
+        raise LayoutError(
+            "kv must be a numpy array, a torch tensor or support DLPack", got=type(array).__name__
+        )
     try:
         name, bits = _native.view_bits(array)
     except (TypeError, BufferError) as error:

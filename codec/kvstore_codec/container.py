@@ -168,7 +168,13 @@ def pack(
     """One object as bytes. `segments` come quality-major; raises nothing for what `api.encode` passes."""
     table = b"".join(
         _ENTRY.pack(
-            s.quality_layer, s.kv, s.layer_first, s.layer_count, 0, len(s.payload), xxhash.xxh3_64_intdigest(s.payload)
+            s.quality_layer,
+            s.kv,
+            s.layer_first,
+            s.layer_count,
+            0,
+            len(s.payload),
+            xxhash.xxh3_64_intdigest(s.payload),
         )
         for s in segments
     )
@@ -313,7 +319,9 @@ def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
         (layer, plane) for layer in range(header.layers) for plane in (KV.K, KV.V)
     ]
     for index, segment in enumerate(segments):
-        ok = ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
+        ok = (
+            ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
+        )
         if (index + 1) % per_layer == 0:
             ok = ok and segment.offset + segment.length == header.layer_bytes[index // per_layer]
     if not ok:

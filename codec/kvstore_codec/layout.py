@@ -24,8 +24,8 @@ from kvstore_codec.errors import LayoutError
 LAYOUT_FORMAT_VERSION = 1
 CHUNK_TOKENS_MIN, CHUNK_TOKENS_MAX = 16, 2048
 LAYERS_MAX = 4096
-CHANNELS_MAX = 1 << 16          # kv_heads × dim of one plane
-CANONICAL_BYTES_MAX = 1 << 20   # 4096 layers written out need about 0.8 MB
+CHANNELS_MAX = 1 << 16  # kv_heads × dim of one plane
+CANONICAL_BYTES_MAX = 1 << 20  # 4096 layers written out need about 0.8 MB
 
 #: bytes per element of every dtype a layout may name
 DTYPE_BYTES = {
@@ -35,10 +35,10 @@ DTYPE_BYTES = {
 
 
 class LayerKind(str, Enum):
-    FULL = "full"        # every token is kept
+    FULL = "full"  # every token is kept
     SLIDING = "sliding"  # only the last `window` tokens matter
-    MLA = "mla"          # one latent without heads; v_dim may be 0
-    STATE = "state"      # recurrent state
+    MLA = "mla"  # one latent without heads; v_dim may be 0
+    STATE = "state"  # recurrent state
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class KVLayout:
     def uniform(
         cls, *, model: str, revision: str, num_layers: int, kv_heads: int, head_dim: int,
         dtype: str = "bfloat16", chunk_tokens: int = 256, rope: RoPE | None = None,
-        partition: Partition = Partition(),  # noqa: B008 - frozen
+        partition: Partition = Partition(),
     ) -> KVLayout:  # fmt: skip
         """A model whose layers are all full attention of one shape (Llama, Qwen, Mistral …)."""
         layer = LayerSpec(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim, rope=rope)
@@ -231,7 +231,9 @@ class KVLayout:
 
     @cached_property
     def canonical_bytes(self) -> bytes:
-        text = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(
+            _canonical(self.to_dict()), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        )
         return text.encode("utf-8")
 
     @classmethod
