@@ -47,7 +47,7 @@ _BYTE_SIZE = TypeAdapter(ByteSize)
 # Kubernetes gives every pod variables named after each Service; one called "kvstore" (or "kvstore-…") has our prefix.
 _SERVICE_LINK = re.compile(r"KVSTORE_(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|KVSTORE_(\w+_)?PORT(_\d+_\w+)?")
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://.*|\d+(\.\d+){3}|\d+|tcp|udp|sctp|[0-9a-f:]+")
-_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/\s]*):(?P<port>\d{1,5})")
+_HOST_PORT = re.compile(r"(?P<host>\[[0-9a-fA-F:.%]+\]|[^:\[\]/\s,]+):(?P<port>\d{1,5})")
 
 
 def _size(value: object) -> object:
@@ -88,7 +88,7 @@ Size = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 63)]
 
 
 class NodeConfig(BaseModel):
-    """Everything one node is configured with. Frozen; raises pydantic's ValidationError (`load_config`: ConfigError)."""
+    """Everything one node is configured with; frozen. Raises pydantic's ValidationError, `load_config` ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -103,9 +103,7 @@ class NodeConfig(BaseModel):
     disk_capacity: Size = Field(16 * GIB, description="bytes of objects held on disk")
     object_bytes_max: Size = Field(GIB // 4, description="largest object taken")
     staged_bytes_max: Size = Field(GIB, description="bytes of puts in flight, all together")
-    put_idle_s: float = Field(
-        10.0, gt=0, le=3600, description="seconds a put may send nothing before it is aborted"
-    )
+    put_idle_s: float = Field(10.0, gt=0, le=3600, description="seconds a put may send nothing before it is aborted")
     lease_ms_max: int = Field(60_000, ge=0, le=86_400_000, description="longest lease granted, milliseconds")
     shutdown_grace_s: float = Field(
         10.0, ge=0, le=3600, description="seconds that calls in flight get to finish after SIGTERM"
@@ -133,9 +131,7 @@ class NodeConfig(BaseModel):
         return self.node_id if self.node_id is not None else socket.gethostname()
 
 
-def load_config(
-    path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]
-) -> NodeConfig:
+def load_config(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> NodeConfig:
     """The config of a node from a TOML file (None: none), `environ`'s KVSTORE_* and `overrides` (flags; None: unset).
 
     Raises ConfigError; its `problems` are one line each, naming source, key, value and fix.
