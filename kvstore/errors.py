@@ -1,7 +1,10 @@
 """Everything that can go wrong inside a node, as one tree.
 
     KvStoreError
-    └── ConfigError      the configuration cannot be used; `problems` has one line each
+    ├── ConfigError      the configuration cannot be used; `problems` has one line each
+    ├── ListenError      an address cannot be listened on
+    ├── InvalidRequest   a request's field is not what the protocol says: the caller's mistake
+    └── StreamStalled    a put or fetch made no progress within its limit
 
 `code` is stable and names the metric label; `context` holds what was expected and what was found.
 """
@@ -14,6 +17,9 @@ from enum import Enum
 
 class Code(str, Enum):
     CONFIG = "config"
+    LISTEN = "listen"
+    INVALID_REQUEST = "invalid_request"
+    STREAM_STALLED = "stream_stalled"
     INTERNAL = "internal"
 
 
@@ -36,3 +42,18 @@ class ConfigError(KvStoreError):
     def __init__(self, problems: Sequence[str]) -> None:
         super().__init__("; ".join(problems), code=Code.CONFIG)
         self.problems = tuple(problems)
+
+
+class ListenError(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.LISTEN, **context)
+
+
+class InvalidRequest(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.INVALID_REQUEST, **context)
+
+
+class StreamStalled(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.STREAM_STALLED, **context)
