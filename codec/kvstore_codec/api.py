@@ -111,7 +111,7 @@ def decode(
     _check_shape(header, layout, part_layout)
     if out is None:
         out = arrays.empty(part_layout, header.tokens)
-    planes = arrays.planes(out, part_layout)
+    planes = arrays.planes_to_write(out, part_layout)
     if planes[0].shape[0] != header.tokens:
         raise LayoutError("out has another number of tokens", got=planes[0].shape[0], expected=header.tokens)
 

@@ -87,6 +87,14 @@ def planes(kv: KVArray, layout: KVLayout) -> list[Plane]:
     return arrays
 
 
+def planes_to_write(kv: KVArray, layout: KVLayout) -> list[Plane]:
+    """`planes` of an array to decode into. Raises LayoutError also where its memory is read-only."""
+    arrays = planes(kv, layout)
+    if not all(array.flags.writeable for array in arrays):
+        raise LayoutError("out is read-only: pass an array that may be written")
+    return arrays
+
+
 def contiguous_rows(plane: Plane) -> bool:
     """Heads and dims of one token lie together, as the codec's inner loops want (tokens may be apart)."""
     return plane.shape[0] == 0 or plane[0].flags.c_contiguous

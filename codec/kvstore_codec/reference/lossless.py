@@ -69,7 +69,7 @@ def _symbol_costs() -> Ints:
     """Cost of each symbol of each table in 1/256 bit, from an integer logarithm: part of the encoder only, but
     every implementation must choose the same tables. Symbols without frequency cost what an escape does."""
     freq = tables.EXPONENTS.freq.astype(np.int64)
-    whole = np.floor(np.log2(np.maximum(freq, 1))).astype(np.int64)
+    whole = np.array([[max(int(f).bit_length() - 1, 0) for f in row] for row in freq])
     fraction = (freq << 8 >> whole) - 256  # log2(1 + f) ≈ f: within 0.09 bit, the same for everyone
     cost = (tables.SLOT_BITS - whole) * 256 - fraction
     escape = cost[:, tables.EXPONENT_ESCAPE : tables.EXPONENT_ESCAPE + 1] + ESCAPE_COST

@@ -46,6 +46,7 @@ RAW_MAX = 32767  # escaped values have 16 bits
 RMS_MIN = 2.0**-100
 RMS_TO_PEAK_MIN = 2.0**-20  # a constant plane still gets a step that its mean fits
 MAGNITUDE_MAX = 2.0**100
+STEP_MAX = 2.0**100  # also of a mean's unit: nothing decoded can overflow a float
 
 Ints = npt.NDArray[Any]
 
@@ -101,9 +102,10 @@ def encode_lossy(
     statistics: list[Statistics] = []
     coded: list[Ints] = []
     for plane in planes:
-        values = to_float32(np.ascontiguousarray(plane.bits), dtype)
+        values = to_float32(np.array(plane.bits, order="C"), dtype)
         if not (np.abs(values[sinks:]) < MAGNITUDE_MAX).all():
             raise ValuesError('kv holds NaN, infinite or huge values: store it with quality="lossless"')
+        values[:sinks] = 0
         flat = rotate(values, plane.rotation, inverse=True).reshape(tokens, -1)
         measured = _measure(flat[plain], plane.step_factor)
         statistics.append(measured)
@@ -326,7 +328,8 @@ def _read_side(
         if len(payload) < at + size:
             raise DamagedObject("a segment is too short", code=ErrorCode.STRUCTURE)
         step, shift = struct.unpack_from("<fB", payload, at)
-        if not 2.0**-126 <= step < MAGNITUDE_MAX * 2 or shift > MEAN_SHIFT_MAX:
+        quantum = step * 0.25 * 2.0**shift
+        if not 2.0**-126 <= step <= STEP_MAX or shift > MEAN_SHIFT_MAX or quantum > STEP_MAX:
             raise DamagedObject("a segment's step is out of range", code=ErrorCode.STRUCTURE)
         bits = np.unpackbits(np.frombuffer(payload[at + 5 : at + size], np.uint8), bitorder="little")
         rows = bits[: plane.channels * 18].reshape(plane.channels, 18).astype(np.int64)

@@ -1,0 +1,186 @@
+// 32 interleaved rANS lanes over one stream of 16-bit words (FORMAT.md §3, reference/rans.py).
+//
+// READ ME FIRST
+//  * The encoder runs backwards: it is given the steps in reverse decoding order and writes words from the end.
+//  * A state is in [2^16, 2^32); with 12-bit frequencies one word refills it, so a symbol takes at most one.
+//  * An rANS decoder accepts any bits. Being in range at the end is a check, the segment's checksum is the proof.
+// Source: J. Duda, "Asymmetric numeral systems" (2013); interleaving as in F. Giesen's ryg_rans.
+#pragma once
+
+#include <algorithm>
+
+#include "core.hpp"
+
+namespace kvstore {
+
+// Frequencies of `tables` alphabets of `symbols` symbols, and what decoding a slot needs, packed:
+// symbol << 24 | (frequency − 1) << 12 | (slot − start).
+struct SlotTable {
+    std::size_t symbols = 0;
+    std::vector<u16> freq, start;
+    std::vector<u32> slots;
+
+    // `frequencies` is [tables, symbols]; false unless every row sums to 2^12 and every symbol fits a byte.
+    bool build(std::span<const u16> frequencies, std::size_t symbol_count, bool with_slots) {
+        symbols = symbol_count;
+        freq.assign(frequencies.begin(), frequencies.end());
+        start.resize(freq.size());
+        const std::size_t tables = freq.size() / symbols;
+        if (with_slots) slots.resize(tables * kSlots);
+        for (std::size_t table = 0; table < tables; ++table) {
+            u32 at = 0;
+            for (std::size_t symbol = 0; symbol < symbols; ++symbol) {
+                const std::size_t index = table * symbols + symbol;
+                start[index] = static_cast<u16>(at);
+                if (at + freq[index] > kSlots) return false;
+                if (with_slots) {
+                    for (u32 bias = 0; bias < freq[index]; ++bias) {
+                        slots[table * kSlots + at + bias] =
+                            static_cast<u32>(symbol) << 24 | (freq[index] - 1u) << kSlotBits | bias;
+                    }
+                }
+                at += freq[index];
+            }
+            if (at != kSlots) return false;
+        }
+        return symbols <= 256;
+    }
+};
+
+class StreamEncoder {
+  public:
+    StreamEncoder() { states_.fill(kStateMin); }
+
+    void put(int lane, u32 freq, u32 start) {
+        u32 x = states_[static_cast<std::size_t>(lane)];
+        if (x >= static_cast<u64>(freq) << 20) {
+            words_.push_back(static_cast<u16>(x));
+            x >>= 16;
+        }
+        states_[static_cast<std::size_t>(lane)] = (x / freq << kSlotBits) + x % freq + start;
+    }
+    void put_raw(u16 word) { words_.push_back(word); }
+
+    // Appends states and words, in decoding order; returns the number of words.
+    u32 finish(Bytes& out) const {
+        for (u32 state : states_) append(out, state);
+        const std::size_t at = out.size();
+        out.resize(at + 2 * words_.size());
+        u8* to = out.data() + at;
+        for (auto word = words_.rbegin(); word != words_.rend(); ++word, to += 2) std::memcpy(to, &*word, 2);
+        return static_cast<u32>(words_.size());
+    }
+
+  private:
+    std::array<u32, kLanes> states_;
+    std::vector<u16> words_;
+};
+
+class StreamDecoder {
+  public:
+    // `stream` is at least 128 bytes and even (split_streams made it so).
+    Status begin(ByteView stream) {
+        std::memcpy(states_.data(), stream.data(), 4 * kLanes);
+        at_ = stream.data() + 4 * kLanes;
+        end_ = stream.data() + stream.size();
+        return std::all_of(states_.begin(), states_.end(), [](u32 x) { return x >= kStateMin; }) ? Status::ok
+                                                                                                 : Status::state_range;
+    }
+    // Symbols of the first `lanes` lanes by full slot tables, `slots[lane]` one of 4096 entries.
+    bool step(int lanes, const u32* const* slots, u8* symbols) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            const u32 x = states_[static_cast<std::size_t>(lane)];
+            const u32 entry = slots[lane][x & (kSlots - 1)];
+            symbols[lane] = static_cast<u8>(entry >> 24);
+            states_[static_cast<std::size_t>(lane)] =
+                ((entry >> kSlotBits & (kSlots - 1)) + 1) * (x >> kSlotBits) + (entry & (kSlots - 1));
+        }
+        return refill(lanes);
+    }
+    // The same for alphabets of three symbols, by comparison: `tables[lane]` points at three frequencies.
+    bool step3(int lanes, const u16* const* tables, u8* symbols) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            const u32 x = states_[static_cast<std::size_t>(lane)];
+            const u32 slot = x & (kSlots - 1);
+            const u16* f = tables[lane];
+            const u32 first = f[0], second = first + f[1];
+            const u32 symbol = static_cast<u32>(slot >= first) + static_cast<u32>(slot >= second);
+            const u32 start = symbol == 0 ? 0 : symbol == 1 ? first : second;
+            symbols[lane] = static_cast<u8>(symbol);
+            states_[static_cast<std::size_t>(lane)] = f[symbol] * (x >> kSlotBits) + slot - start;
+        }
+        return refill(lanes);
+    }
+    bool raw(u16& word) {
+        if (end_ - at_ < 2) return false;
+        word = load<u16>(at_);
+        at_ += 2;
+        return true;
+    }
+    Status finish() const {
+        const bool even = at_ == end_ && std::all_of(states_.begin(), states_.end(), [](u32 x) { return x == kStateMin; });
+        return even ? Status::ok : Status::stream_end;
+    }
+
+  private:
+    bool refill(int lanes) {
+        for (int lane = 0; lane < lanes; ++lane) {
+            u32& x = states_[static_cast<std::size_t>(lane)];
+            if (x < kStateMin) {
+                u16 word = 0;
+                if (!raw(word)) return false;
+                x = x << 16 | word;
+            }
+        }
+        return true;
+    }
+
+    std::array<u32, kLanes> states_{};
+    const u8* at_ = nullptr;
+    const u8* end_ = nullptr;
+};
+
+// Blocks [first, last) of the stream `index` of `count`.
+struct Deal {
+    std::size_t first, last;
+};
+inline Deal deal(std::size_t blocks, std::size_t count, std::size_t index) {
+    return {index * blocks / count, (index + 1) * blocks / count};
+}
+
+// Writes a streams section: `encode(first, last, encoder)` codes those blocks backwards.
+template <class Encode>
+void join_streams(Bytes& out, std::size_t blocks, i64 symbols, Encode encode) {
+    const std::size_t wanted = static_cast<std::size_t>(std::max<i64>(1, symbols / kStreamSymbols));
+    const std::size_t count = std::min(blocks, wanted);
+    append(out, static_cast<u16>(count));
+    const std::size_t lengths = out.size();
+    out.resize(lengths + 4 * count);
+    for (std::size_t index = 0; index < count; ++index) {
+        StreamEncoder encoder;
+        const Deal share = deal(blocks, count, index);
+        encode(share.first, share.last, encoder);
+        const u32 words = encoder.finish(out);
+        std::memcpy(out.data() + lengths + 4 * index, &words, 4);
+    }
+}
+
+// Reads one: `decode(stream, first, last)` -> Status for each stream. The section must fill `payload` exactly.
+template <class Decode>
+Status split_streams(ByteView payload, std::size_t blocks, Decode decode) {
+    if (payload.size() < 2) return Status::too_short;
+    const std::size_t count = load<u16>(payload.data());
+    std::size_t at = 2 + 4 * count;
+    if (count > blocks || (count == 0) != (blocks == 0) || payload.size() < at) return Status::stream_count;
+    for (std::size_t index = 0; index < count; ++index) {
+        const std::size_t length = 4 * kLanes + 2 * static_cast<std::size_t>(load<u32>(payload.data() + 2 + 4 * index));
+        if (length > payload.size() - at) return Status::stream_length;
+        const Deal share = deal(blocks, count, index);
+        if (const Status status = decode(payload.subspan(at, length), share.first, share.last); status != Status::ok)
+            return status;
+        at += length;
+    }
+    return at == payload.size() ? Status::ok : Status::bytes_left_over;
+}
+
+}  // namespace kvstore
