@@ -50,9 +50,7 @@ def scale_tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             edges = magnitude + np.array([-0.5, -1 / 6, 1 / 6, 0.5])
             # An escape value stands in for the last symbol's rule, which a digit does not have.
             p = np.maximum(
-                law.cdf(edges[1:]) - law.cdf(edges[:-1])
-                if edges[0] < 0
-                else law.sf(edges[:-1]) - law.sf(edges[1:]),
+                law.cdf(edges[1:]) - law.cdf(edges[:-1]) if edges[0] < 0 else law.sf(edges[:-1]) - law.sf(edges[1:]),
                 1e-300,
             )
             freq = np.maximum(1, np.round(p / p.sum() * SLOTS)).astype(np.int64)

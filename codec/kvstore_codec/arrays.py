@@ -122,9 +122,7 @@ def _bits(array: Any, dtype: str) -> Plane:
         array = _to_numpy(array)
     wanted = _NUMPY_DTYPES[dtype]
     if array.dtype != wanted:
-        raise LayoutError(
-            f"kv is {array.dtype} but the layout says {dtype}: cast it, or change the layout's dtype"
-        )
+        raise LayoutError(f"kv is {array.dtype} but the layout says {dtype}: cast it, or change the layout's dtype")
     bits: Plane = array.view(_BITS[wanted.itemsize])
     return bits
 
@@ -136,9 +134,7 @@ def _to_numpy(array: Any) -> npt.NDArray[Any]:
             raise LayoutError("kv lies on an accelerator: pass kv.cpu()", device=array.device)
         array = array.detach()
     elif not hasattr(array, "__dlpack__"):
-        raise LayoutError(
-            "kv must be a numpy array, a torch tensor or support DLPack", got=type(array).__name__
-        )
+        raise LayoutError("kv must be a numpy array, a torch tensor or support DLPack", got=type(array).__name__)
     try:
         name, bits = _native.view_bits(array)
     except (TypeError, BufferError) as error:

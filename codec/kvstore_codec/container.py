@@ -143,8 +143,7 @@ class ObjectInfo:
         elements = self.header.raw_bytes // DTYPE_BYTES[self.header.dtype]
         layers = self.segments[-1].quality_layer + 1
         return {
-            self.header.quality_at(length).label: 8 * length / elements
-            for length in self.header.layer_bytes[:layers]
+            self.header.quality_at(length).label: 8 * length / elements for length in self.header.layer_bytes[:layers]
         }
 
 
@@ -193,9 +192,7 @@ def pack(
         len(segments), 0, xxhash.xxh3_64_intdigest(table), 0, 0,
     )  # fmt: skip
     checksum = xxhash.xxh3_64_intdigest(header[:_HEADER_CHECKED])
-    return b"".join(
-        [header[:_HEADER_CHECKED], checksum.to_bytes(8, "little"), table, *(s.payload for s in segments)]
-    )
+    return b"".join([header[:_HEADER_CHECKED], checksum.to_bytes(8, "little"), table, *(s.payload for s in segments)])
 
 
 def parse_header(buffer: Buffer) -> ObjectHeader:
@@ -319,9 +316,7 @@ def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
         (layer, plane) for layer in range(header.layers) for plane in (KV.K, KV.V)
     ]
     for index, segment in enumerate(segments):
-        ok = (
-            ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
-        )
+        ok = ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
         if (index + 1) % per_layer == 0:
             ok = ok and segment.offset + segment.length == header.layer_bytes[index // per_layer]
     if not ok:

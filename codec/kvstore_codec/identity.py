@@ -123,9 +123,7 @@ def wrap_engine_hashes(
     refs: list[ChunkRef] = []
     for index, engine_hash in enumerate(engine_hashes):
         if len(engine_hash) < 16:
-            raise LayoutError(
-                "engine hashes under 128 bits collide: use the sha256 mode", bytes=len(engine_hash)
-            )
+            raise LayoutError("engine hashes under 128 bits collide: use the sha256 mode", bytes=len(engine_hash))
         digest = _hash(_ENGINE, tenant_key, layout.namespace_id + engine_hash)
         refs.append(ChunkRef(digest, parent, index, index * layout.chunk_tokens, layout.chunk_tokens))
         parent = digest

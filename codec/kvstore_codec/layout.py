@@ -57,9 +57,7 @@ class RopeScaling:
             raise LayoutError(f'unknown rope scaling {self.kind!r}: use "linear", "llama3", or rope=None')
         needs = (self.low_freq_factor, self.high_freq_factor, self.original_max_position)
         if self.kind == "llama3" and any(value is None for value in needs):
-            raise LayoutError(
-                "llama3 rope scaling needs low_freq_factor, high_freq_factor and original_max_position"
-            )
+            raise LayoutError("llama3 rope scaling needs low_freq_factor, high_freq_factor and original_max_position")
         _positive_floats(self, "factor", "low_freq_factor", "high_freq_factor")
 
 
@@ -231,9 +229,7 @@ class KVLayout:
 
     @cached_property
     def canonical_bytes(self) -> bytes:
-        text = json.dumps(
-            _canonical(self.to_dict()), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-        )
+        text = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return text.encode("utf-8")
 
     @classmethod

@@ -35,12 +35,7 @@ class SegmentGroup:
     def plane_indices(self) -> list[int]:
         """Positions in the list K₀, V₀, K₁, V₁, …, in coding order."""
         layers = range(self.layer_first, self.layer_first + self.layer_count)
-        return [
-            2 * layer + side
-            for layer in layers
-            for side, plane in enumerate((KV.K, KV.V))
-            if plane in self.kv
-        ]
+        return [2 * layer + side for layer in layers for side, plane in enumerate((KV.K, KV.V)) if plane in self.kv]
 
 
 def segment_groups(layout: KVLayout, tokens: int) -> list[SegmentGroup]:
@@ -50,9 +45,7 @@ def segment_groups(layout: KVLayout, tokens: int) -> list[SegmentGroup]:
         return [SegmentGroup(kv, layer, 1) for layer in range(layout.num_layers) for kv in (KV.K, KV.V)]
     count = max(1, min(layout.num_layers, layout.elements_per_token * tokens // SEGMENT_ELEMENTS_MIN))
     edges = [index * layout.num_layers // count for index in range(count + 1)]
-    return [
-        SegmentGroup(KV.K | KV.V, first, last - first) for first, last in zip(edges, edges[1:], strict=False)
-    ]
+    return [SegmentGroup(KV.K | KV.V, first, last - first) for first, last in zip(edges, edges[1:], strict=False)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,10 +88,7 @@ def _scale_thresholds() -> npt.NDArray[np.float64]:
     with localcontext() as context:
         context.prec = 40
         return np.array(
-            [
-                float(Decimal(2) ** ((Decimal(i + 1 - SCALE_ID_OFFSET) - Decimal("16.5")) / 2))
-                for i in range(63)
-            ]
+            [float(Decimal(2) ** ((Decimal(i + 1 - SCALE_ID_OFFSET) - Decimal("16.5")) / 2)) for i in range(63)]
         )
 
 

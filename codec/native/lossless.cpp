@@ -144,6 +144,7 @@ Bytes LosslessCodec::encode(std::span<const PlaneView> planes, Dtype dtype) cons
         for (std::size_t index = last; index-- > first;) {
             const Block& block = coded[index];
             for (std::size_t token = tokens; token-- > 0;) {
+                encoder.reserve_step();
                 std::array<std::size_t, kLanes> at;
                 for (int lane = block.lanes; lane-- > 0;) {
                     const u32 c = block.components[static_cast<std::size_t>(lane)];

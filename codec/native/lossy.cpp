@@ -11,6 +11,10 @@ constexpr float kStepMax = 0x1p100f;  // also of a mean's unit: nothing decoded 
 constexpr std::size_t kStatisticsBits = 18;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
 
+// Distance between components in Values. The odd cache line keeps 32 lanes out of each other's cache sets.
+std::size_t values_stride(std::size_t tokens) { return (tokens + 15) / 16 * 16 + 16; }
+
+
 float level_step(float step, int level) { return step / kLevelDivisor[static_cast<std::size_t>(level)]; }
 
 // value / 3 to the nearest integer; never a tie.
@@ -179,7 +183,7 @@ std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const u8> scale_ids,
     return out;
 }
 
-void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t tokens, std::span<const u8> scale_ids,
+void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const u8> scale_ids,
                                 int level, const TokenClasses& classes) const {
     using T = LossyTables;
     const std::vector<Block> coded = blocks(scale_ids, level, !classes.drains.empty());
@@ -190,11 +194,12 @@ void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t to
             const Block& block = coded[index];
             const Tokens& list = classes.of(block.drain);
             for (auto token = list.rbegin(); token != list.rend(); ++token) {
+                encoder.reserve_step();
                 std::array<u8, kLanes> symbol;
                 std::array<u16, kLanes> row;
                 for (int lane = block.lanes; lane-- > 0;) {
                     const auto l = static_cast<std::size_t>(lane);
-                    const i32 value = values[block.components[l] * tokens + *token];
+                    const i32 value = values[block.components[l] * stride + *token];
                     if (block.entry) {
                         const i32 kept = std::clamp(value, -kRawMax, kRawMax);
                         row[l] = block.rows[l];
@@ -226,6 +231,7 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
                           Dtype dtype, int levels, std::vector<Bytes>& payloads) const {
     const std::size_t tokens = planes.front().plane.tokens;
     const TokenClasses classes = classify(tokens, sinks, drains);
+    const std::size_t stride = values_stride(tokens);
     const float limit = kRawMax * kLevelDivisor[static_cast<std::size_t>(levels - 1)];
     payloads.assign(static_cast<std::size_t>(levels), {});
     Bytes& side = payloads.front();
@@ -251,7 +257,7 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
         write_statistics(side, statistics);
         const std::size_t first = scale_ids.size();
         scale_ids.insert(scale_ids.end(), statistics.scale_ids.begin(), statistics.scale_ids.end());
-        values.resize((first + channels) * tokens, 0);
+        values.resize((first + channels) * stride, 0);
         const float step = level_step(statistics.step, levels - 1);
         for (const bool drain : {false, true}) {
             const float inverse = 1.0f / (drain ? step * kDrainScale : step);
@@ -259,7 +265,7 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
                 const float* row = flat.data() + token * channels;
                 for (std::size_t c = 0; c < channels; ++c) {
                     const float scaled = std::clamp((row[c] - statistics.mean(c)) * inverse, -limit, limit);
-                    values[(first + c) * tokens + token] = static_cast<i32>(std::nearbyint(scaled));
+                    values[(first + c) * stride + token] = static_cast<i32>(std::nearbyint(scaled));
                 }
             }
         }
@@ -268,7 +274,7 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
         for (std::size_t token = 0; token < sinks; ++token)
             append_bytes(side, coded.plane.row(token), coded.plane.channels() * element_bytes(dtype));
     for (int level = levels; level-- > 0;) {
-        encode_streams(payloads[static_cast<std::size_t>(level)], values, tokens, scale_ids, level, classes);
+        encode_streams(payloads[static_cast<std::size_t>(level)], values, stride, scale_ids, level, classes);
         if (level > 0)
             for (i32& value : values) value = third(value);
     }
@@ -307,12 +313,12 @@ Status LossyCodec::read_side(ByteView payload, std::span<const CodedPlane> plane
 }
 
 Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
-                                std::size_t token_count) const {
+                                std::size_t stride) const {
     using T = LossyTables;
     std::array<i32*, kLanes> lanes;
     std::array<u8, kLanes> symbols;
     for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l)
-        lanes[l] = values.data() + block.components[l] * token_count;
+        lanes[l] = values.data() + block.components[l] * stride;
     if (block.entry) {
         std::array<const u32*, kLanes> slots;
         for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l)
@@ -347,14 +353,14 @@ Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const
     return Status::ok;
 }
 
-Status LossyCodec::decode_streams(ByteView payload, Values& values, std::size_t tokens, std::span<const u8> scale_ids,
+Status LossyCodec::decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const u8> scale_ids,
                                   int level, const TokenClasses& classes) const {
     const std::vector<Block> coded = blocks(scale_ids, level, !classes.drains.empty());
     const auto decode = [&](ByteView stream, std::size_t first, std::size_t last) {
         StreamDecoder decoder;
         Status status = decoder.begin(stream);
         for (std::size_t index = first; index < last && status == Status::ok; ++index)
-            status = decode_block(decoder, coded[index], classes.of(coded[index].drain), values, tokens);
+            status = decode_block(decoder, coded[index], classes.of(coded[index].drain), values, stride);
         return status == Status::ok ? decoder.finish() : status;
     };
     return split_streams(payload, coded.size(), decode);
@@ -365,6 +371,7 @@ void LossyCodec::reconstruct(const CodedPlane& coded, const Statistics& statisti
     using T = LossyTables;
     const PlaneView& plane = coded.plane;
     const std::size_t channels = plane.channels();
+    const std::size_t stride = values_stride(plane.tokens);
     const float step = level_step(statistics.step, level);
     std::vector<float> row(channels), means(channels);
     for (std::size_t c = 0; c < channels; ++c) means[c] = statistics.mean(c);
@@ -378,7 +385,7 @@ void LossyCodec::reconstruct(const CodedPlane& coded, const Statistics& statisti
         }
         for (const u32 token : classes.of(drain)) {
             for (std::size_t c = 0; c < channels; ++c) {
-                const i32 value = values[c * plane.tokens + token];
+                const i32 value = values[c * stride + token];
                 const float steps = std::abs(value) <= T::kValueMax ? centroids[c][value] : static_cast<float>(value);
                 row[c] = steps * scale_step + means[c];
             }
@@ -401,10 +408,11 @@ Status LossyCodec::decode(std::span<const ByteView> payloads, std::span<const Co
     std::vector<u8> scale_ids;
     for (const Statistics& plane : statistics)
         scale_ids.insert(scale_ids.end(), plane.scale_ids.begin(), plane.scale_ids.end());
-    Values values(scale_ids.size() * tokens, 0);
+    const std::size_t stride = values_stride(tokens);
+    Values values(scale_ids.size() * stride, 0);
     for (std::size_t level = 0; level < payloads.size(); ++level) {
         const ByteView streams = level == 0 ? payloads[0].subspan(at) : payloads[level];
-        const Status status = decode_streams(streams, values, tokens, scale_ids, static_cast<int>(level), classes);
+        const Status status = decode_streams(streams, values, stride, scale_ids, static_cast<int>(level), classes);
         if (status != Status::ok) return status;
     }
     const u8* sink_rows = payloads.front().data() + at;
@@ -413,7 +421,7 @@ Status LossyCodec::decode(std::span<const ByteView> payloads, std::span<const Co
     for (std::size_t index = 0; index < planes.size(); ++index) {
         const PlaneView& plane = planes[index].plane;
         reconstruct(planes[index], statistics[index], next, classes, static_cast<int>(payloads.size()) - 1, dtype);
-        next += plane.channels() * tokens;
+        next += plane.channels() * stride;
         const std::size_t row_bytes = plane.channels() * element_bytes(dtype);
         for (std::size_t token = 0; token < sinks; ++token, sink_rows += row_bytes)
             std::memcpy(plane.row(token), sink_rows, row_bytes);

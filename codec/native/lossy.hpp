@@ -2,7 +2,7 @@
 //
 // READ ME FIRST
 //  * Values on the finest grid are int32: at most 32767 · 9, so 3·value and value·2 never overflow.
-//  * `Values` is component-major: all tokens of a component lie together, as the lanes of a block read them.
+//  * `Values` is component-major: a component's tokens lie together, as the lanes of a block read them.
 //  * Buffers are sized by the caller's planes, never by what a segment says.
 #pragma once
 
@@ -65,17 +65,17 @@ class LossyCodec {
 
   private:
     struct Block;
-    using Values = std::vector<i32>;  // [components, tokens]
+    using Values = std::vector<i32>;  // [components, stride], a component's tokens together
 
     Statistics measure(const std::vector<float>& flat, std::size_t channels, const Tokens& plain,
                        double step_factor) const;
     std::vector<Block> blocks(std::span<const u8> scale_ids, int level, bool drains) const;
-    void encode_streams(Bytes& out, const Values& values, std::size_t tokens, std::span<const u8> scale_ids, int level,
+    void encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const u8> scale_ids, int level,
                         const TokenClasses& classes) const;
-    Status decode_streams(ByteView payload, Values& values, std::size_t tokens, std::span<const u8> scale_ids,
+    Status decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const u8> scale_ids,
                           int level, const TokenClasses& classes) const;
     Status decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
-                        std::size_t token_count) const;
+                        std::size_t stride) const;
     void reconstruct(const CodedPlane& coded, const Statistics& statistics, const i32* values,
                      const TokenClasses& classes, int level, Dtype dtype) const;
     // Reads side information; `at` becomes where the streams start.

@@ -51,29 +51,35 @@ class StreamEncoder {
   public:
     StreamEncoder() { states_.fill(kStateMin); }
 
+    // Call before each step (all lanes' symbols and raw words): makes room for its words.
+    void reserve_step() {
+        if (words_.size() - count_ < 2 * kLanes) words_.resize(2 * words_.size() + 1024);
+    }
+    // Branch-free: whether a lane gives up a word is as good as random.
     void put(int lane, u32 freq, u32 start) {
         u32 x = states_[static_cast<std::size_t>(lane)];
-        if (x >= static_cast<u64>(freq) << 20) {
-            words_.push_back(static_cast<u16>(x));
-            x >>= 16;
-        }
+        const bool full = x >= static_cast<u64>(freq) << 20;
+        words_[count_] = static_cast<u16>(x);
+        count_ += full;
+        x >>= full ? 16 : 0;
         states_[static_cast<std::size_t>(lane)] = (x / freq << kSlotBits) + x % freq + start;
     }
-    void put_raw(u16 word) { words_.push_back(word); }
+    void put_raw(u16 word) { words_[count_++] = word; }
 
     // Appends states and words, in decoding order; returns the number of words.
     u32 finish(Bytes& out) const {
         for (u32 state : states_) append(out, state);
         const std::size_t at = out.size();
-        out.resize(at + 2 * words_.size());
+        out.resize(at + 2 * count_);
         u8* to = out.data() + at;
-        for (auto word = words_.rbegin(); word != words_.rend(); ++word, to += 2) std::memcpy(to, &*word, 2);
-        return static_cast<u32>(words_.size());
+        for (std::size_t word = count_; word-- > 0; to += 2) std::memcpy(to, &words_[word], 2);
+        return static_cast<u32>(count_);
     }
 
   private:
     std::array<u32, kLanes> states_;
     std::vector<u16> words_;
+    std::size_t count_ = 0;
 };
 
 class StreamDecoder {
@@ -124,6 +130,18 @@ class StreamDecoder {
 
   private:
     bool refill(int lanes) {
+        if (end_ - at_ >= 2 * kLanes) {  // branch-free while a step cannot overrun the words
+            const u8* at = at_;
+            for (int lane = 0; lane < lanes; ++lane) {
+                u32& x = states_[static_cast<std::size_t>(lane)];
+                const bool low = x < kStateMin;
+                const u32 filled = x << 16 | load<u16>(at);
+                x = low ? filled : x;
+                at += 2 * low;
+            }
+            at_ = at;
+            return true;
+        }
         for (int lane = 0; lane < lanes; ++lane) {
             u32& x = states_[static_cast<std::size_t>(lane)];
             if (x < kStateMin) {

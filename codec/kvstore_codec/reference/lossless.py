@@ -106,9 +106,7 @@ def decode_lossless(payload: memoryview, planes: Sequence[Plane], dtype: str) ->
     exponents = _decode_streams(payload[at + sum(sizes) :], tokens, chosen, bases, layout)
     first = 0
     for plane, count, size in zip(planes, channels, sizes, strict=True):
-        plain = _unpack_bits(payload[at : at + size], tokens * count, layout.plain_bits).reshape(
-            tokens, count
-        )
+        plain = _unpack_bits(payload[at : at + size], tokens * count, layout.plain_bits).reshape(tokens, count)
         bits = layout.join(exponents[:, first : first + count], plain)
         plane[...] = bits.astype(plane.dtype).reshape(plane.shape)
         at += size
@@ -152,9 +150,7 @@ def _encode_streams(exponents: Ints, chosen: Ints, bases: Ints) -> bytes:
                 distance = bases[lanes] - exponent
                 coded = (distance >= 0) & (distance < tables.EXPONENT_ESCAPE)
                 symbols = np.where(coded, distance, tables.EXPONENT_ESCAPE)
-                symbols = np.where(
-                    tables.EXPONENTS.freq[chosen[lanes], symbols] > 0, symbols, tables.EXPONENT_ESCAPE
-                )
+                symbols = np.where(tables.EXPONENTS.freq[chosen[lanes], symbols] > 0, symbols, tables.EXPONENT_ESCAPE)
                 raw = np.where(symbols == tables.EXPONENT_ESCAPE, exponent, NO_RAW)
                 encoder.step(tables.EXPONENTS, chosen[lanes], symbols, raw)
         return encoder.finish()

@@ -122,9 +122,7 @@ def encode_lossy(
     return payloads
 
 
-def decode_lossy(
-    payloads: Sequence[memoryview], planes: Sequence[CodedPlane], sinks: int, dtype: str
-) -> None:
+def decode_lossy(payloads: Sequence[memoryview], planes: Sequence[CodedPlane], sinks: int, dtype: str) -> None:
     tokens = planes[0].bits.shape[0]
     drains, statistics, at = _read_side(payloads[0], planes, sinks)
     plain = _plain_tokens(tokens, sinks, drains)
@@ -251,9 +249,7 @@ def _encode_digits(encoder: StreamEncoder, block: Block, values: Ints, coarse: I
     encoder.step(tables.DIGITS, rows, digits + 1, np.full(len(rows), NO_RAW))
 
 
-def _decode_streams(
-    payload: memoryview, value: Ints, scale_ids: Ints, level: int, plain: Ints, drains: Ints
-) -> None:
+def _decode_streams(payload: memoryview, value: Ints, scale_ids: Ints, level: int, plain: Ints, drains: Ints) -> None:
     """Adds one quality layer to `value` [tokens, components], which holds 3 × the coarser one."""
     for stream, blocks in split_streams(payload, _blocks(scale_ids, level, len(drains) > 0)):
         decoder = StreamDecoder(stream)
@@ -264,9 +260,7 @@ def _decode_streams(
                 else:
                     coarse = value[token, block.components] // 3
                     symbols = decoder.step(tables.DIGITS, block.rows + np.minimum(np.abs(coarse), 2))
-                    value[token, block.components] += (symbols.astype(np.int64) - 1) * np.where(
-                        coarse < 0, -1, 1
-                    )
+                    value[token, block.components] += (symbols.astype(np.int64) - 1) * np.where(coarse < 0, -1, 1)
         decoder.finish()
 
 
@@ -293,24 +287,18 @@ def _reconstruct(value: Ints, measured: Statistics, drains: Ints, level: int) ->
     return steps * step + measured.means
 
 
-def _write_side(
-    planes: Sequence[CodedPlane], statistics: Sequence[Statistics], drains: Ints, sinks: int
-) -> bytes:
+def _write_side(planes: Sequence[CodedPlane], statistics: Sequence[Statistics], drains: Ints, sinks: int) -> bytes:
     parts = [struct.pack("<BBH", 0, 0, len(drains)), drains.astype("<u2").tobytes()]
     for measured in statistics:
         packed = measured.scale_ids | (measured.mean_steps & 0xFFF) << 6
-        bits = np.unpackbits(packed.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")[
-            :, :18
-        ]
+        bits = np.unpackbits(packed.astype("<u4").view(np.uint8).reshape(-1, 4), axis=1, bitorder="little")[:, :18]
         parts.append(struct.pack("<fB", measured.step, measured.mean_shift))
         parts.append(np.packbits(bits, bitorder="little").tobytes())
     parts.extend(np.ascontiguousarray(plane.bits[:sinks]).tobytes() for plane in planes)
     return b"".join(parts)
 
 
-def _read_side(
-    payload: memoryview, planes: Sequence[CodedPlane], sinks: int
-) -> tuple[Ints, list[Statistics], int]:
+def _read_side(payload: memoryview, planes: Sequence[CodedPlane], sinks: int) -> tuple[Ints, list[Statistics], int]:
     """(drain tokens, statistics by plane, bytes read, the sinks' included)."""
     tokens = planes[0].bits.shape[0]
     if len(payload) < 4:

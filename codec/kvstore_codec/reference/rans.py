@@ -33,9 +33,7 @@ class StreamEncoder:
     def __init__(self) -> None:
         self._steps: list[tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]] = []
 
-    def step(
-        self, table: SlotTable, rows: npt.NDArray[Any], symbols: npt.NDArray[Any], raw: npt.NDArray[Any]
-    ) -> None:
+    def step(self, table: SlotTable, rows: npt.NDArray[Any], symbols: npt.NDArray[Any], raw: npt.NDArray[Any]) -> None:
         """One symbol a lane from table rows `rows`; `raw[lane]` is a 16-bit word to follow it, or NO_RAW."""
         self._steps.append((table.freq[rows, symbols], table.start[rows, symbols], raw))
 
@@ -86,9 +84,7 @@ class StreamDecoder:
 
     def finish(self) -> None:
         if self._at != len(self._words) or (self._states != STATE_MIN).any():
-            raise DamagedObject(
-                "an entropy-coded stream does not end where it should", code=ErrorCode.STRUCTURE
-            )
+            raise DamagedObject("an entropy-coded stream does not end where it should", code=ErrorCode.STRUCTURE)
 
     def _take(self, count: int) -> npt.NDArray[Any]:
         words = self._words[self._at : self._at + count]
