@@ -1,0 +1,177 @@
+"""The command tree. Bodies import what they need, so that `--help` stays quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvstore.cli.outcome import CommandFailed, ExitCode
+from kvstore.errors import ConfigError, KvStoreError, ListenError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="A KV-cache store for LLM inference: fetch instead of recompute.",
+)
+admin_app = typer.Typer(help="Look at and operate a running node.")
+app.add_typer(admin_app, name="admin")
+
+Target = Annotated[str, typer.Option("--target", envvar="KVSTORE_TARGET", help="Node to ask: host:port or unix:/path.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Deadline = Annotated[float, typer.Option("--deadline", min=0.001, help="Seconds to wait for the node.")]
+Hashes = Annotated[list[str] | None, typer.Argument(metavar="[HASH]...", help="Chunk hashes; prefixes do.")]
+Namespace = Annotated[str, typer.Option("--namespace", help="Only this namespace id; a prefix does.")]
+TARGET = "127.0.0.1:7070"
+DEADLINE_S = 10.0
+LONG_DEADLINE_S = 3600.0
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; returns its exit code after printing at most one line an error."""
+    try:
+        result = app(args=list(arguments), prog_name="kvstore", standalone_mode=False)
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "kvstore"
+        message = " ".join(error.format_message().split())
+        return _fail(f"{message} (see: {command} --help)", ExitCode.USAGE)
+    except ConfigError as error:
+        for problem in error.problems:
+            _fail(problem, ExitCode.USAGE)
+        return ExitCode.USAGE
+    except CommandFailed as error:
+        return _fail(str(error), error.exit_code)
+    except KvStoreError as error:
+        return _fail(str(error), ExitCode.USAGE if isinstance(error, ListenError) else ExitCode.PROBLEM)
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        sys.stdout = None
+        return ExitCode.OK
+    except typer.Abort:
+        return _fail("interrupted", ExitCode.INTERRUPTED)
+    return result if isinstance(result, int) else ExitCode.OK
+
+
+def _fail(message: str, code: ExitCode) -> ExitCode:
+    print(f"kvstore: {message}", file=sys.stderr)
+    return code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kvstore import __version__
+
+        print(f"kvstore {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path | None, typer.Option("--config", envvar="KVSTORE_CONFIG", help="TOML file; flags and KVSTORE_* win.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="host:port or unix:/path; several with commas; port 0: any free one.")
+    ] = None,
+    node_id: Annotated[str | None, typer.Option(help="Name of this node (default: the host's).")] = None,
+    host_capacity: Annotated[str | None, typer.Option(help='RAM for objects, such as "4GiB".')] = None,
+    disk_path: Annotated[Path | None, typer.Option(help="Directory of the disk tier (default: none).")] = None,
+    disk_capacity: Annotated[str | None, typer.Option(help='Disk for objects, such as "100GiB".')] = None,
+    object_bytes_max: Annotated[str | None, typer.Option(help="Largest object taken.")] = None,
+    staged_bytes_max: Annotated[str | None, typer.Option(help="Puts in flight, all together.")] = None,
+    stream_idle_s: Annotated[float | None, typer.Option(help="Seconds a put or fetch may make no progress.")] = None,
+    lease_ms_max: Annotated[int | None, typer.Option(help="Longest lease granted.")] = None,
+    shutdown_grace_s: Annotated[float | None, typer.Option(help="Seconds for calls in flight after SIGTERM.")] = None,
+    metrics_listen: Annotated[
+        str | None, typer.Option(help="host:port of the Prometheus endpoint (default: none).")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Run a node until SIGTERM. Prints one JSON line with its addresses when it is ready."""
+    from kvstore.cli.serve import serve_node
+
+    flags = {
+        "listen": listen, "node_id": node_id, "host_capacity": host_capacity, "disk_path": disk_path,
+        "disk_capacity": disk_capacity, "object_bytes_max": object_bytes_max, "staged_bytes_max": staged_bytes_max,
+        "stream_idle_s": stream_idle_s, "lease_ms_max": lease_ms_max, "shutdown_grace_s": shutdown_grace_s,
+        "metrics_listen": metrics_listen, "log_level": log_level,
+    }  # fmt: skip
+    serve_node(config, flags)
+
+
+@admin_app.command()
+def stat(target: Target = TARGET, json: Json = False, deadline: Deadline = DEADLINE_S) -> None:
+    """Show what a node holds and has done since it started."""
+    from kvstore.cli import admin
+
+    admin.stat(target, deadline, json)
+
+
+@admin_app.command("ls")
+def list_objects(
+    prefix: Annotated[str, typer.Argument(metavar="[HASH]", help="Only hashes that start so.")] = "",
+    namespace: Namespace = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Print at most so many.")] = 100,
+    target: Target = TARGET,
+    json: Json = False,
+    deadline: Deadline = DEADLINE_S,
+) -> None:
+    """List stored objects."""
+    from kvstore.cli import admin
+
+    admin.list_objects(target, deadline, json, prefix, namespace, limit)
+
+
+@admin_app.command()
+def show(
+    prefix: Annotated[str, typer.Argument(metavar="HASH", help="Chunk hash; a prefix does.")],
+    target: Target = TARGET,
+    json: Json = False,
+    deadline: Deadline = DEADLINE_S,
+) -> None:
+    """Show everything about the objects of a chunk; exit code 1 if there are none."""
+    from kvstore.cli import admin
+
+    admin.show(target, deadline, json, prefix)
+
+
+@admin_app.command()
+def verify(
+    hashes: Hashes = None,
+    namespace: Namespace = "",
+    target: Target = TARGET,
+    json: Json = False,
+    deadline: Deadline = LONG_DEADLINE_S,
+) -> None:
+    """Re-read stored objects and check every checksum; exit code 1 if any was damaged (and so dropped)."""
+    from kvstore.cli import admin
+
+    admin.verify(target, deadline, json, hashes or [], namespace)
+
+
+@admin_app.command()
+def evict(
+    hashes: Hashes = None,
+    tier: Annotated[str, typer.Option("--tier", help="host or disk (default: every tier).")] = "",
+    size: Annotated[str, typer.Option("--bytes", help='Free at least this, such as "1GiB".')] = "",
+    everything: Annotated[bool, typer.Option("--all", help="Evict all that may be evicted.")] = False,
+    target: Target = TARGET,
+    json: Json = False,
+    deadline: Deadline = DEADLINE_S,
+) -> None:
+    """Evict named chunks, or an amount of bytes in the node's own order. Leased objects stay."""
+    from kvstore.cli import admin
+
+    admin.evict(target, deadline, json, hashes or [], tier, size, everything)

@@ -1,0 +1,27 @@
+"""The Admin service: what an operator does to a node beyond reading it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from kvstore.engine.node import Node
+from kvstore.service import requests
+from kvstore_proto.v1 import admin_pb2 as pb
+from kvstore_proto.v1 import admin_pb2_grpc as pb_grpc
+
+
+class AdminService(pb_grpc.AdminServicer):
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    async def Evict(  # noqa: N802
+        self, request: pb.EvictRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> pb.EvictResponse:
+        objects, freed = await self._node.evict(
+            requests.tier_or_all(request.tier),
+            request.bytes,
+            requests.hashes(request.chunk_hashes) or None,
+        )
+        return pb.EvictResponse(objects=objects, bytes=freed)

@@ -1,0 +1,61 @@
+"""Fetch: stored objects as one ordered stream of pieces, paced by the reader.
+
+`context.write` returns when the transport took the piece, so a slow reader holds at most two objects here: the
+one on its way and the next, which is read from its tier meanwhile. A chunk that is not there ends the stream:
+what follows it could not be used as a prefix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+
+from kvstore.engine.node import Node
+from kvstore.index.entry import ObjectKey
+from kvstore.service import requests
+from kvstore.service.idle import IdleLimit
+from kvstore.service.streams import StreamMetrics
+from kvstore_codec import Quality
+from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+async def fetch(
+    node: Node, request: pb.FetchRequest, context: Context, *, stream_idle_s: float, metrics: StreamMetrics
+) -> None:
+    """Raises InvalidRequest, StreamStalled (the reader took nothing for `stream_idle_s`), and the node's errors."""
+    namespace_id = requests.namespace(request.namespace_id)
+    part = requests.part(request.part)
+    quality = requests.quality(request.quality)
+    requests.lease_id(request.lease_id)
+    keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in requests.hashes(request.chunk_hashes)]
+    upcoming = _read(node, keys, 0, quality)
+    try:
+        for index in range(len(keys)):
+            stored = await upcoming if upcoming is not None else None
+            if stored is None:
+                return
+            upcoming = _read(node, keys, index + 1, quality)
+            await _send(context, index, stored, stream_idle_s, metrics)
+    finally:
+        if upcoming is not None:
+            upcoming.cancel()
+
+
+def _read(node: Node, keys: list[ObjectKey], index: int, quality: Quality) -> asyncio.Task[memoryview | None] | None:
+    return asyncio.ensure_future(node.read(keys[index], quality)) if index < len(keys) else None
+
+
+async def _send(context: Context, index: int, stored: memoryview, stream_idle_s: float, metrics: StreamMetrics) -> None:
+    with IdleLimit(stream_idle_s) as idle:
+        for offset in range(0, len(stored), DATA_BYTES_MAX):
+            data = stored[offset : offset + DATA_BYTES_MAX]
+            object_bytes = len(stored) if offset == 0 else 0
+            head = pb.FetchResponse(chunk_index=index, object_bytes=object_bytes, offset=offset)
+            await context.write(Framed(head, data))
+            idle.progress()
+            metrics.fetched_bytes.inc(len(data))

@@ -1,0 +1,17 @@
+"""What the bulk streams count."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter
+
+
+class StreamMetrics:
+    """Payload bytes through Fetch and Put since start."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        moved = Counter(
+            "kvstore_stream_bytes", "Bytes of objects through Fetch (out) and Put (in).", ("direction",),
+            registry=registry,
+        )  # fmt: skip
+        self.fetched_bytes = moved.labels("out")
+        self.put_bytes = moved.labels("in")

@@ -1,0 +1,3 @@
+"""The node's answers as protocol messages."""
+
+from __future__ import annotations
