@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore_codec import arrays, container
 from kvstore_codec.arrays import KVArray, Plane
@@ -157,7 +158,7 @@ def _sinks(first_position: int, tokens: int) -> int:
     return max(0, min(tokens, SINK_POSITIONS - first_position))
 
 
-def _union(drains: Sequence[np.ndarray], sinks: int, tokens: int) -> np.ndarray:  # type: ignore[type-arg]
+def _union(drains: Sequence[npt.NDArray[np.uint16]], sinks: int, tokens: int) -> npt.NDArray[np.uint16]:
     """Drain tokens of a group of layers: any layer's; none if that would be all of them."""
     union = np.unique(np.concatenate(drains))
     return union if len(union) < tokens - sinks else union[:0]

@@ -97,7 +97,7 @@ def planes_to_write(kv: KVArray, layout: KVLayout) -> list[Plane]:
 
 def contiguous_rows(plane: Plane) -> bool:
     """Heads and dims of one token lie together, as the codec's inner loops want (tokens may be apart)."""
-    return plane.shape[0] == 0 or plane[0].flags.c_contiguous
+    return plane.shape[0] == 0 or bool(plane[0].flags.c_contiguous)
 
 
 def _pairs(kv: Sequence[Any], layout: KVLayout) -> list[Plane]:

@@ -215,7 +215,8 @@ def parse_header(buffer: Buffer) -> ObjectHeader:
         raise DamagedObject("header checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
     if codec not in tuple(CodecId) or any(profile_id):
         raise UnsupportedObject(
-            "codec or profile is not known here", code=ErrorCode.CODEC_UNSUPPORTED, codec=codec, profile=profile_id.hex()
+            "codec or profile is not known here", code=ErrorCode.CODEC_UNSUPPORTED,
+            codec=codec, profile=profile_id.hex(),
         )  # fmt: skip
     layer_bytes = (length_0, length_1, length_2)[:quality_layers]
     header = ObjectHeader(
@@ -305,16 +306,19 @@ def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
     """Each quality layer covers every (layer, K|V) plane once, in one grouping, and ends where the header says."""
     per_layer = len(segments) // len(header.layer_bytes)
     groups = [segment.planes for segment in segments[:per_layer]]
-    covered = sorted(
+    # Counted before it is written out: groups may claim far more planes than there are.
+    ok = per_layer * len(header.layer_bytes) == len(segments) and 2 * header.layers == sum(
+        kv.bit_count() * count for kv, _, count in groups
+    )
+    ok = ok and {(layer, plane) for layer in range(header.layers) for plane in KV} == {
         (layer, plane)
         for kv, first, count in groups
         for layer in range(first, first + count)
-        for plane in (KV.K, KV.V)
+        for plane in KV
         if plane in kv
-    )
-    ok = per_layer * len(header.layer_bytes) == len(segments) and covered == [
-        (layer, plane) for layer in range(header.layers) for plane in (KV.K, KV.V)
-    ]
+    }
+    if not ok:
+        raise DamagedObject("segment table does not cover every plane once", code=ErrorCode.STRUCTURE)
     for index, segment in enumerate(segments):
         ok = ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
         if (index + 1) % per_layer == 0:

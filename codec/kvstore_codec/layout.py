@@ -225,7 +225,8 @@ class KVLayout:
             raise LayoutError("a layout needs a list of layers")
         data["layers"] = tuple(_build(LayerSpec, dict(layer), rope=_build_rope) for layer in layers)
         data["partition"] = _build(Partition, data.get("partition") or {})
-        return _build(cls, data)
+        layout: KVLayout = _build(cls, data)
+        return layout
 
     @cached_property
     def canonical_bytes(self) -> bytes:

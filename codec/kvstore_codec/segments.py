@@ -7,6 +7,7 @@ rule binds the encoder only: a reader takes the grouping from the object's segme
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -45,7 +46,7 @@ def segment_groups(layout: KVLayout, tokens: int) -> list[SegmentGroup]:
         return [SegmentGroup(kv, layer, 1) for layer in range(layout.num_layers) for kv in (KV.K, KV.V)]
     count = max(1, min(layout.num_layers, layout.elements_per_token * tokens // SEGMENT_ELEMENTS_MIN))
     edges = [index * layout.num_layers // count for index in range(count + 1)]
-    return [SegmentGroup(KV.K | KV.V, first, last - first) for first, last in zip(edges, edges[1:], strict=False)]
+    return [SegmentGroup(KV.K | KV.V, first, last - first) for first, last in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -120,7 +120,7 @@ class Coder {
           const U16Table& exponents, const I32Table& costs)
         : lossy_(lossy_tables(values, digits, centroids, thresholds)), lossless_(lossless_tables(exponents, costs)) {}
 
-    nb::object drain_tokens(const AnyArray& k, const AnyArray& v, std::size_t sinks, int dtype) const {
+    nb::ndarray<nb::numpy, u16, nb::ndim<1>> drain_tokens(const AnyArray& k, const AnyArray& v, std::size_t sinks, int dtype) const {
         const Dtype type = static_cast<Dtype>(dtype);
         const std::size_t tokens = common_tokens(k, sinks);
         const PlaneView k_plane = plane_view(k, tokens, type), v_plane = plane_view(v, tokens, type);
@@ -130,7 +130,7 @@ class Coder {
             nb::gil_scoped_release release;
             *found = kvstore::drain_tokens(k_plane, v_plane, sinks, type);
         }
-        return nb::cast(nb::ndarray<nb::numpy, u16>(found->data(), {found->size()}, owner));
+        return {found->data(), {found->size()}, owner};
     }
 
     std::pair<int, std::vector<nb::bytes>> encode_lossy(const std::vector<PlaneArgument>& arguments,

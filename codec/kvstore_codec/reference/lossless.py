@@ -142,7 +142,7 @@ def _encode_streams(exponents: Ints, chosen: Ints, bases: Ints) -> bytes:
     blocks = _block_components(chosen)
     tokens = exponents.shape[0]
 
-    def encode(some: list[Ints]) -> bytes:
+    def encode(some: Sequence[Ints]) -> bytes:
         encoder = StreamEncoder()
         for lanes in some:
             for token in range(tokens):

@@ -221,7 +221,7 @@ def _encode_streams(value: Ints, scale_ids: Ints, level: int, plain: Ints, drain
     symbols = sum(len(block.components) * len(drains if block.drain else plain) for block in blocks)
     coarse = _third(value)
 
-    def encode(some: list[Block]) -> bytes:
+    def encode(some: Sequence[Block]) -> bytes:
         encoder = StreamEncoder()
         for block in some:
             for token in drains if block.drain else plain:
