@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+import operator
+from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -53,6 +54,7 @@ class RopeScaling:
     original_max_position: int | None = None
 
     def __post_init__(self) -> None:
+        _exact_types(self)
         if self.kind not in ("linear", "llama3"):
             raise LayoutError(f'unknown rope scaling {self.kind!r}: use "linear", "llama3", or rope=None')
         needs = (self.low_freq_factor, self.high_freq_factor, self.original_max_position)
@@ -75,6 +77,7 @@ class RoPE:
     scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
+        _exact_types(self)
         _positive_floats(self, "theta")
         if self.rotary_dims is not None and (self.rotary_dims < 2 or self.rotary_dims % 2):
             raise LayoutError("rotary_dims must be even and at least 2", rotary_dims=self.rotary_dims)
@@ -92,6 +95,7 @@ class LayerSpec:
     rope: RoPE | None = None
 
     def __post_init__(self) -> None:
+        _exact_types(self)
         object.__setattr__(self, "kind", _enum(LayerKind, self.kind))
         if self.kv_heads < 1 or self.k_dim < 1 or self.v_dim < 0:
             raise LayoutError("a layer needs kv_heads >= 1, k_dim >= 1 and v_dim >= 0")
@@ -123,6 +127,7 @@ class Partition:
     head_groups: int = 1
 
     def __post_init__(self) -> None:
+        _exact_types(self)
         if self.layer_groups < 1 or self.head_groups < 1:
             raise LayoutError("a partition has at least one layer group and one head group")
 
@@ -138,10 +143,11 @@ class KVLayout:
     dtype: str
     chunk_tokens: int
     layers: tuple[LayerSpec, ...]
-    partition: Partition = Partition()
+    partition: Partition = field(default_factory=Partition)
     format_version: int = LAYOUT_FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        _exact_types(self)
         object.__setattr__(self, "layers", tuple(self.layers))
         if self.format_version != LAYOUT_FORMAT_VERSION:
             raise LayoutError("this layout was written by another version", version=self.format_version)
@@ -164,11 +170,11 @@ class KVLayout:
     def uniform(
         cls, *, model: str, revision: str, num_layers: int, kv_heads: int, head_dim: int,
         dtype: str = "bfloat16", chunk_tokens: int = 256, rope: RoPE | None = None,
-        partition: Partition = Partition(),
+        partition: Partition | None = None,
     ) -> KVLayout:  # fmt: skip
         """A model whose layers are all full attention of one shape (Llama, Qwen, Mistral …)."""
         layer = LayerSpec(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim, rope=rope)
-        return cls(model, revision, dtype, chunk_tokens, (layer,) * num_layers, partition)
+        return cls(model, revision, dtype, chunk_tokens, (layer,) * num_layers, partition or Partition())
 
     @property
     def num_layers(self) -> int:
@@ -259,6 +265,20 @@ def namespace_id_of(canonical_bytes: bytes) -> bytes:
     return hashlib.blake2b(canonical_bytes, digest_size=32, person=b"kvstore.layout").digest()
 
 
+def _exact_types(instance: Any) -> None:
+    """Integers, strings and booleans are what they say: 3 and 3.0, or "16" and 16, must not be two identities."""
+    for member in fields(instance):
+        name, kinds, value = member.name, str(member.type).split(" | "), getattr(instance, member.name)
+        if value is None and "None" in kinds:
+            continue
+        if kinds[0] == "int":
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise LayoutError(f"{name} must be an integer", value=repr(value))
+            object.__setattr__(instance, name, operator.index(value))
+        elif kinds[0] in ("str", "bool") and type(value).__name__ != kinds[0]:
+            raise LayoutError(f"{name} must be a {kinds[0]}", value=repr(value))
+
+
 def _positive_floats(instance: object, *names: str) -> None:
     """Coerce to float in place, so that 10000 and 10000.0 are one identity."""
     for name in names:
@@ -282,7 +302,7 @@ def _enum(kind: type[LayerKind], value: object) -> LayerKind:
 
 
 def _build(cls: type[Any], data: dict[str, Any], **nested: Any) -> Any:
-    known = {field.name for field in fields(cls)}
+    known = {f.name for f in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
         raise LayoutError(f"unknown field in {cls.__name__}: {', '.join(map(str, unknown))}")

@@ -93,3 +93,14 @@ def _scale_thresholds() -> npt.NDArray[np.float64]:
 
 
 SCALE_THRESHOLDS = _scale_thresholds()
+
+
+def _scale_variances() -> npt.NDArray[np.float64]:
+    """[64]: the (σ/step)² that a scale id stands for, 2^((id − 8 − 16)/2); 0 for id 0, which bounds it from above."""
+    with localcontext() as context:
+        context.prec = 40
+        ids = range(1, 64)
+        return np.array([0.0, *(float(Decimal(2) ** ((Decimal(i) - SCALE_ID_OFFSET - 16) / 2)) for i in ids)])
+
+
+SCALE_VARIANCES = _scale_variances()

@@ -117,8 +117,8 @@ SlotTable slot_table(const U16Table& frequencies, bool with_slots) {
 class Coder {
   public:
     Coder(const U16Table& values, const U16Table& digits, const FloatTable& centroids, const DoubleArray& thresholds,
-          const U16Table& exponents, const I32Table& costs)
-        : lossy_(lossy_tables(values, digits, centroids, thresholds)), lossless_(lossless_tables(exponents, costs)) {}
+          const DoubleArray& variances, const U16Table& exponents, const I32Table& costs)
+        : lossy_(lossy_tables(values, digits, centroids, thresholds, variances)), lossless_(lossless_tables(exponents, costs)) {}
 
     nb::ndarray<nb::numpy, u16, nb::ndim<1>> drain_tokens(const AnyArray& k, const AnyArray& v, std::size_t sinks, int dtype) const {
         const Dtype type = static_cast<Dtype>(dtype);
@@ -191,13 +191,15 @@ class Coder {
                 throw nb::value_error("drain tokens must ascend, after the sinks");
     }
     static LossyTables lossy_tables(const U16Table& values, const U16Table& digits, const FloatTable& centroids,
-                                    const DoubleArray& thresholds) {
+                                    const DoubleArray& thresholds, const DoubleArray& variances) {
         if (values.shape(0) != LossyTables::kScales || values.shape(1) != 256 || digits.shape(0) != 3 * LossyTables::kScales ||
-            digits.shape(1) != 3 || centroids.shape(0) != LossyTables::kScales || centroids.shape(1) != LossyTables::kCentroids)
+            digits.shape(1) != 3 || centroids.shape(0) != LossyTables::kScales || centroids.shape(1) != LossyTables::kCentroids ||
+            thresholds.size() != 63 || variances.size() != 64)
             throw nb::value_error("lossy tables have the wrong shapes");
         return {slot_table(values, true), slot_table(digits, false),
                 {centroids.data(), centroids.data() + centroids.size()},
-                {thresholds.data(), thresholds.data() + thresholds.size()}};
+                {thresholds.data(), thresholds.data() + thresholds.size()},
+                {variances.data(), variances.data() + variances.size()}};
     }
     static LosslessTables lossless_tables(const U16Table& exponents, const I32Table& costs) {
         if (exponents.shape(0) != LosslessTables::kTables || exponents.shape(1) != LosslessTables::kSymbols ||
@@ -214,13 +216,14 @@ class Coder {
 
 NB_MODULE(_native, m) {
     m.doc() = "kvstore codec core (C++)";
+    nb::set_leak_warnings(false);  // the coder is a module-level constant, alive when the interpreter ends
     m.def("view_bits", &view_bits, nb::arg("array").noconvert(),
           "(dtype name, the array's memory as unsigned integers of its element size, sharing it)");
     nb::class_<Coder>(m, "Coder", "Codes segments; see kvstore_codec.segments.SegmentCoder")
-        .def(nb::init<const U16Table&, const U16Table&, const FloatTable&, const DoubleArray&, const U16Table&,
-                      const I32Table&>(),
-             nb::arg("values"), nb::arg("digits"), nb::arg("centroids"), nb::arg("thresholds"), nb::arg("exponents"),
-             nb::arg("costs"))
+        .def(nb::init<const U16Table&, const U16Table&, const FloatTable&, const DoubleArray&, const DoubleArray&,
+                      const U16Table&, const I32Table&>(),
+             nb::arg("values"), nb::arg("digits"), nb::arg("centroids"), nb::arg("thresholds"), nb::arg("variances"),
+             nb::arg("exponents"), nb::arg("costs"))
         .def("drain_tokens", &Coder::drain_tokens, nb::arg("k").noconvert(), nb::arg("v").noconvert(), nb::arg("sinks"),
              nb::arg("dtype"))
         .def("encode_lossy", &Coder::encode_lossy, nb::arg("planes"), nb::arg("drains"), nb::arg("sinks"),

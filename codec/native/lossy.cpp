@@ -107,7 +107,10 @@ Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t chann
     Statistics result;
     result.mean_steps.assign(channels, 0);
     result.scale_ids.assign(channels, 0);
-    if (plain.empty() || channels == 0) return result;
+    if (plain.empty() || channels == 0) {
+        derive_scales(result);
+        return result;
+    }
     std::vector<double> mean(channels, 0.0), square(channels, 0.0);
     float peak = 0;
     for (const u32 token : plain) {
@@ -146,10 +149,29 @@ Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t chann
         const auto above = std::upper_bound(thresholds.begin(), thresholds.end(), variance);
         result.scale_ids[c] = static_cast<u8>(above - thresholds.begin());
     }
+    derive_scales(result);
     return result;
 }
 
-std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const u8> scale_ids, int level, bool drains) const {
+// A drain token lies near zero, so it is the mean away from the mean, whatever the channel's σ. All its components
+// are coded, quiet channels too: an outlier there may be all that such a token holds.
+void LossyCodec::derive_scales(Statistics& statistics) const {
+    using T = LossyTables;
+    const double unit = 0.25 * static_cast<double>(u32{1} << statistics.mean_shift);
+    statistics.plain_scales.clear();
+    statistics.drain_scales.clear();
+    for (std::size_t c = 0; c < statistics.scale_ids.size(); ++c) {
+        const int id = statistics.scale_ids[c];
+        const double mean = statistics.mean_steps[c] * unit;
+        const double energy = tables_.variances[static_cast<std::size_t>(id)] + mean * mean;
+        const auto above = std::upper_bound(tables_.thresholds.begin(), tables_.thresholds.end(), energy);
+        const int drain = static_cast<int>(above - tables_.thresholds.begin()) - T::kScaleIdOffset + T::kDrainShift;
+        statistics.plain_scales.push_back(id - T::kScaleIdOffset);
+        statistics.drain_scales.push_back(std::max(drain, T::kScaleCodedMin));
+    }
+}
+
+std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const Statistics> statistics, int level, bool drains) {
     using T = LossyTables;
     std::vector<Block> out;
     std::array<std::vector<u32>, T::kScales> by_scale;
@@ -159,12 +181,15 @@ std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const u8> scale_ids,
         for (const bool entry : {true, false}) {
             if (!entry && level == 0) continue;
             for (auto& list : by_scale) list.clear();
-            for (std::size_t c = 0; c < scale_ids.size(); ++c) {
-                const int base = scale_ids[c] - T::kScaleIdOffset + (drain ? T::kDrainShift : 0);
-                const bool before = level > 0 && base + before_shift >= T::kScaleCodedMin;
-                const int scale = base + (entry ? now_shift : before_shift);
-                if (entry ? before || scale < T::kScaleCodedMin : !before) continue;
-                by_scale[static_cast<std::size_t>(std::min(scale, T::kScales - 1))].push_back(static_cast<u32>(c));
+            u32 component = 0;
+            for (const Statistics& plane : statistics) {
+                for (const int base : drain ? plane.drain_scales : plane.plain_scales) {
+                    const u32 c = component++;
+                    const bool before = level > 0 && base + before_shift >= T::kScaleCodedMin;
+                    const int scale = base + (entry ? now_shift : before_shift);
+                    if (entry ? before || scale < T::kScaleCodedMin : !before) continue;
+                    by_scale[static_cast<std::size_t>(std::min(scale, T::kScales - 1))].push_back(c);
+                }
             }
             Block block{{}, {}, 0, entry, drain != 0};
             for (std::size_t scale = 0; scale < by_scale.size(); ++scale) {
@@ -183,10 +208,10 @@ std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const u8> scale_ids,
     return out;
 }
 
-void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const u8> scale_ids,
+void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,
                                 int level, const TokenClasses& classes) const {
     using T = LossyTables;
-    const std::vector<Block> coded = blocks(scale_ids, level, !classes.drains.empty());
+    const std::vector<Block> coded = blocks(statistics, level, !classes.drains.empty());
     i64 symbols = 0;
     for (const Block& block : coded) symbols += block.lanes * static_cast<i64>(classes.of(block.drain).size());
     const auto encode = [&](std::size_t first, std::size_t last, StreamEncoder& encoder) {
@@ -240,7 +265,8 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
     append(side, static_cast<u16>(drains.size()));
     append_bytes(side, reinterpret_cast<const u8*>(drains.data()), drains.size_bytes());
     Values values;
-    std::vector<u8> scale_ids;
+    std::vector<Statistics> statistics;
+    std::size_t first = 0;
     std::vector<float> flat;
     for (const CodedPlane& coded : planes) {
         const PlaneView& plane = coded.plane;
@@ -253,28 +279,28 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
                 if (!(std::fabs(row[c]) < static_cast<float>(kMagnitudeMax))) return Status::not_finite;
             if (coded.rotation.pairs > 0) rotate_row(row, plane.heads, plane.dim, coded.rotation, token, -1.0f);
         }
-        const Statistics statistics = measure(flat, channels, classes.plain, coded.step_factor);
-        write_statistics(side, statistics);
-        const std::size_t first = scale_ids.size();
-        scale_ids.insert(scale_ids.end(), statistics.scale_ids.begin(), statistics.scale_ids.end());
+        const Statistics& measured =
+            statistics.emplace_back(measure(flat, channels, classes.plain, coded.step_factor));
+        write_statistics(side, measured);
         values.resize((first + channels) * stride, 0);
-        const float step = level_step(statistics.step, levels - 1);
+        const float step = level_step(measured.step, levels - 1);
         for (const bool drain : {false, true}) {
             const float inverse = 1.0f / (drain ? step * kDrainScale : step);
             for (const u32 token : classes.of(drain)) {
                 const float* row = flat.data() + token * channels;
                 for (std::size_t c = 0; c < channels; ++c) {
-                    const float scaled = std::clamp((row[c] - statistics.mean(c)) * inverse, -limit, limit);
+                    const float scaled = std::clamp((row[c] - measured.mean(c)) * inverse, -limit, limit);
                     values[(first + c) * stride + token] = static_cast<i32>(std::nearbyint(scaled));
                 }
             }
         }
+        first += channels;
     }
     for (const CodedPlane& coded : planes)
         for (std::size_t token = 0; token < sinks; ++token)
             append_bytes(side, coded.plane.row(token), coded.plane.channels() * element_bytes(dtype));
     for (int level = levels; level-- > 0;) {
-        encode_streams(payloads[static_cast<std::size_t>(level)], values, stride, scale_ids, level, classes);
+        encode_streams(payloads[static_cast<std::size_t>(level)], values, stride, statistics, level, classes);
         if (level > 0)
             for (i32& value : values) value = third(value);
     }
@@ -303,6 +329,7 @@ Status LossyCodec::read_side(ByteView payload, std::span<const CodedPlane> plane
             plane.quantum() > kStepMax)
             return Status::step_range;
         read_statistics(payload.data() + at + 5, channels, plane);
+        derive_scales(plane);
         at += size;
     }
     std::size_t sink_bytes = 0;
@@ -353,9 +380,9 @@ Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const
     return Status::ok;
 }
 
-Status LossyCodec::decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const u8> scale_ids,
+Status LossyCodec::decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const Statistics> statistics,
                                   int level, const TokenClasses& classes) const {
-    const std::vector<Block> coded = blocks(scale_ids, level, !classes.drains.empty());
+    const std::vector<Block> coded = blocks(statistics, level, !classes.drains.empty());
     const auto decode = [&](ByteView stream, std::size_t first, std::size_t last) {
         StreamDecoder decoder;
         Status status = decoder.begin(stream);
@@ -377,10 +404,10 @@ void LossyCodec::reconstruct(const CodedPlane& coded, const Statistics& statisti
     for (std::size_t c = 0; c < channels; ++c) means[c] = statistics.mean(c);
     for (const bool drain : {false, true}) {
         const float scale_step = drain ? step * kDrainScale : step;
-        const int shift = T::kLevelShift[static_cast<std::size_t>(level)] - T::kScaleIdOffset + (drain ? T::kDrainShift : 0);
+        const std::vector<int>& scales = drain ? statistics.drain_scales : statistics.plain_scales;
         std::vector<const float*> centroids(channels);
         for (std::size_t c = 0; c < channels; ++c) {
-            const int scale = std::clamp(statistics.scale_ids[c] + shift, 0, T::kScales - 1);
+            const int scale = std::clamp(scales[c] + T::kLevelShift[static_cast<std::size_t>(level)], 0, T::kScales - 1);
             centroids[c] = tables_.centroids.data() + scale * T::kCentroids + T::kValueMax;
         }
         for (const u32 token : classes.of(drain)) {
@@ -405,14 +432,13 @@ Status LossyCodec::decode(std::span<const ByteView> payloads, std::span<const Co
         return status;
     const std::size_t tokens = planes.front().plane.tokens;
     const TokenClasses classes = classify(tokens, sinks, drains);
-    std::vector<u8> scale_ids;
-    for (const Statistics& plane : statistics)
-        scale_ids.insert(scale_ids.end(), plane.scale_ids.begin(), plane.scale_ids.end());
+    std::size_t components = 0;
+    for (const CodedPlane& coded : planes) components += coded.plane.channels();
     const std::size_t stride = values_stride(tokens);
-    Values values(scale_ids.size() * stride, 0);
+    Values values(components * stride, 0);
     for (std::size_t level = 0; level < payloads.size(); ++level) {
         const ByteView streams = level == 0 ? payloads[0].subspan(at) : payloads[level];
-        const Status status = decode_streams(streams, values, stride, scale_ids, static_cast<int>(level), classes);
+        const Status status = decode_streams(streams, values, stride, statistics, static_cast<int>(level), classes);
         if (status != Status::ok) return status;
     }
     const u8* sink_rows = payloads.front().data() + at;

@@ -28,6 +28,7 @@ struct LossyTables {
     SlotTable values, digits;
     std::vector<float> centroids;    // [48, 255]
     std::vector<double> thresholds;  // (σ/step)² from which a scale id is one more
+    std::vector<double> variances;   // (σ/step)² that a scale id stands for
 };
 
 using Tokens = std::vector<u32>;
@@ -49,6 +50,9 @@ struct Statistics {
     std::vector<i32> mean_steps;
     std::vector<u8> scale_ids;
 
+    // Scale indices at the base step, of plain and of drain tokens; derived from the fields above.
+    std::vector<int> plain_scales, drain_scales;
+
     float quantum() const;
     float mean(std::size_t channel) const { return static_cast<float>(mean_steps[channel]) * quantum(); }
 };
@@ -67,12 +71,13 @@ class LossyCodec {
     struct Block;
     using Values = std::vector<i32>;  // [components, stride], a component's tokens together
 
+    void derive_scales(Statistics& statistics) const;
     Statistics measure(const std::vector<float>& flat, std::size_t channels, const Tokens& plain,
                        double step_factor) const;
-    std::vector<Block> blocks(std::span<const u8> scale_ids, int level, bool drains) const;
-    void encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const u8> scale_ids, int level,
-                        const TokenClasses& classes) const;
-    Status decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const u8> scale_ids,
+    static std::vector<Block> blocks(std::span<const Statistics> statistics, int level, bool drains);
+    void encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,
+                        int level, const TokenClasses& classes) const;
+    Status decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const Statistics> statistics,
                           int level, const TokenClasses& classes) const;
     Status decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
                         std::size_t stride) const;

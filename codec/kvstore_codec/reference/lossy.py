@@ -65,6 +65,23 @@ class Statistics:
         quantum = self.step * np.float32(0.25) * np.float32(2.0**self.mean_shift)
         return self.mean_steps.astype(np.float32) * quantum
 
+    @property
+    def plain_scales(self) -> Ints:
+        """Scale index of each channel at step D."""
+        return self.scale_ids - tables.SCALE_ID_OFFSET
+
+    @property
+    def drain_scales(self) -> Ints:
+        """Scale index of each channel's drain tokens at their step D/8.
+
+        A drain token lies near zero, so it is the mean away from the mean, whatever the channel's σ. All its
+        components are coded, quiet channels too: an outlier there may be all that such a token holds.
+        """
+        mean = self.mean_steps.astype(np.float64) * (0.25 * 2.0**self.mean_shift)
+        energy = tables.SCALE_VARIANCES[self.scale_ids] + mean * mean
+        scales = np.searchsorted(tables.SCALE_THRESHOLDS, energy, side="right") - tables.SCALE_ID_OFFSET
+        return np.maximum(scales + tables.DRAIN_SHIFT, tables.SCALE_CODED_MIN)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -111,14 +128,14 @@ def encode_lossy(
         statistics.append(measured)
         coded.append(_quantise(flat, measured, drains, levels))
     finest = np.concatenate(coded, axis=1)
-    scale_ids = np.concatenate([s.scale_ids for s in statistics])
+    scales = _scales(statistics)
     payloads = []
     for level in range(levels):
         value = finest
         for _ in range(levels - 1 - level):
             value = _third(value)
         side = _write_side(planes, statistics, drains, sinks) if level == 0 else b""
-        payloads.append(side + _encode_streams(value, scale_ids, level, plain, drains))
+        payloads.append(side + _encode_streams(value, scales, level, plain, drains))
     return payloads
 
 
@@ -126,11 +143,11 @@ def decode_lossy(payloads: Sequence[memoryview], planes: Sequence[CodedPlane], s
     tokens = planes[0].bits.shape[0]
     drains, statistics, at = _read_side(payloads[0], planes, sinks)
     plain = _plain_tokens(tokens, sinks, drains)
-    scale_ids = np.concatenate([s.scale_ids for s in statistics])
-    value = np.zeros((tokens, len(scale_ids)), np.int64)
+    scales = _scales(statistics)
+    value = np.zeros((tokens, len(scales[0])), np.int64)
     for level, payload in enumerate(payloads):
         value *= 3 if level else 1
-        _decode_streams(payload[at if level == 0 else 0 :], value, scale_ids, level, plain, drains)
+        _decode_streams(payload[at if level == 0 else 0 :], value, scales, level, plain, drains)
     first = 0
     for plane, measured in zip(planes, statistics, strict=True):
         part = value[:, first : first + plane.channels]
@@ -195,11 +212,17 @@ def _third(value: Ints) -> Ints:
     return np.sign(value) * ((np.abs(value) + 1) // 3)
 
 
-def _blocks(scale_ids: Ints, level: int, drains: bool) -> list[Block]:
+def _scales(statistics: Sequence[Statistics]) -> tuple[Ints, Ints]:
+    """Scale indices at the base step of all components: of plain tokens, of drain tokens."""
+    plain = np.concatenate([s.plain_scales for s in statistics])
+    return plain, np.concatenate([s.drain_scales for s in statistics])
+
+
+def _blocks(scales: tuple[Ints, Ints], level: int, drains: bool) -> list[Block]:
     """Blocks of one quality layer, in coding order; first plain tokens, then drain tokens."""
     blocks = []
     for drain in (False, True) if drains else (False,):
-        base = scale_ids - tables.SCALE_ID_OFFSET + (tables.DRAIN_SHIFT if drain else 0)
+        base = scales[drain]
         now = base + tables.LEVEL_SHIFT[level]
         before = base + tables.LEVEL_SHIFT[level - 1] if level else np.full_like(base, -1)
         entering = (now >= tables.SCALE_CODED_MIN) & (before < tables.SCALE_CODED_MIN)
@@ -216,8 +239,8 @@ def _blocks(scale_ids: Ints, level: int, drains: bool) -> list[Block]:
     return blocks
 
 
-def _encode_streams(value: Ints, scale_ids: Ints, level: int, plain: Ints, drains: Ints) -> bytes:
-    blocks = _blocks(scale_ids, level, len(drains) > 0)
+def _encode_streams(value: Ints, scales: tuple[Ints, Ints], level: int, plain: Ints, drains: Ints) -> bytes:
+    blocks = _blocks(scales, level, len(drains) > 0)
     symbols = sum(len(block.components) * len(drains if block.drain else plain) for block in blocks)
     coarse = _third(value)
 
@@ -249,9 +272,11 @@ def _encode_digits(encoder: StreamEncoder, block: Block, values: Ints, coarse: I
     encoder.step(tables.DIGITS, rows, digits + 1, np.full(len(rows), NO_RAW))
 
 
-def _decode_streams(payload: memoryview, value: Ints, scale_ids: Ints, level: int, plain: Ints, drains: Ints) -> None:
+def _decode_streams(
+    payload: memoryview, value: Ints, scales: tuple[Ints, Ints], level: int, plain: Ints, drains: Ints
+) -> None:
     """Adds one quality layer to `value` [tokens, components], which holds 3 × the coarser one."""
-    for stream, blocks in split_streams(payload, _blocks(scale_ids, level, len(drains) > 0)):
+    for stream, blocks in split_streams(payload, _blocks(scales, level, len(drains) > 0)):
         decoder = StreamDecoder(stream)
         for block in blocks:
             for token in drains if block.drain else plain:
@@ -276,11 +301,9 @@ def _reconstruct(value: Ints, measured: Statistics, drains: Ints, level: int) ->
     """Centroids times step, plus mean: float32 [tokens, channels]."""
     step = np.full((value.shape[0], 1), _step(measured, level), np.float32)
     step[drains] *= DRAIN_SCALE
-    shift = np.zeros((value.shape[0], 1), np.int64)
-    shift[drains] = tables.DRAIN_SHIFT
-    scale = np.clip(
-        measured.scale_ids - tables.SCALE_ID_OFFSET + tables.LEVEL_SHIFT[level] + shift, 0, tables.SCALES - 1
-    )
+    scale = np.tile(measured.plain_scales, (value.shape[0], 1))
+    scale[drains] = measured.drain_scales
+    scale = np.clip(scale + tables.LEVEL_SHIFT[level], 0, tables.SCALES - 1)
     inside = np.abs(value) <= tables.VALUE_MAX
     index = np.where(inside, value, 0) + tables.VALUE_MAX
     steps = np.where(inside, tables.CENTROIDS[scale, index], value.astype(np.float32))
@@ -305,8 +328,10 @@ def _read_side(payload: memoryview, planes: Sequence[CodedPlane], sinks: int) ->
         raise DamagedObject("a segment is too short", code=ErrorCode.STRUCTURE)
     mode, reserved, count = struct.unpack_from("<BBH", payload)
     at = 4 + 2 * count
+    if mode or reserved or len(payload) < at:
+        raise DamagedObject("a segment's side information is wrong", code=ErrorCode.STRUCTURE)
     drains = np.frombuffer(payload[4:at], "<u2").astype(np.int64)
-    if mode or reserved or len(drains) != count or (np.diff(drains) <= 0).any():
+    if (np.diff(drains) <= 0).any():
         raise DamagedObject("a segment's side information is wrong", code=ErrorCode.STRUCTURE)
     if count and (drains[0] < sinks or drains[-1] >= tokens):
         raise DamagedObject("a segment's token classes are wrong", code=ErrorCode.STRUCTURE)

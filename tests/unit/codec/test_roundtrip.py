@@ -1,0 +1,251 @@
+"""encode → decode, over every layout, dtype and quality; and that the NumPy reference and the C++ core agree."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kv_strategies import bits, layouts, random_kv
+
+import kvstore_codec as codec
+from kvstore_codec.reference.coder import ReferenceCoder
+
+REFERENCE = ReferenceCoder()
+ALL_DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "float8_e5m2", "int8", "uint8")
+UNIFORM = codec.KVLayout.uniform(
+    model="m", revision="r", num_layers=2, kv_heads=2, head_dim=16, chunk_tokens=64, rope=codec.RoPE(10000.0)
+)
+positions = st.sampled_from([0, 1, 3, 4, 100, 100_000])
+
+
+@given(layouts(dtypes=ALL_DTYPES), st.integers(1, 16), st.integers(0, 2**32), positions)
+@settings(deadline=None, max_examples=60)
+def test_exact_qualities_restore_every_bit(layout: codec.KVLayout, tokens: int, seed: int, position: int) -> None:
+    rng = np.random.default_rng(seed)
+    kv = codec.empty(layout, tokens)
+    for array in [a for pair in kv for a in pair] if isinstance(kv, list) else [kv]:
+        array.view(np.uint8)[...] = rng.integers(0, 256, array.view(np.uint8).shape, np.uint8)
+    for quality in ("raw", "lossless"):
+        blob = codec.encode(kv, layout, quality=quality, first_position=position)
+        assert bits(codec.decode(blob, layout)) == bits(kv)
+        assert codec.verify(blob).quality <= codec.Quality.LOSSLESS
+        assert codec.encode(kv, layout, quality=quality, first_position=position, coder=REFERENCE) == blob
+        assert bits(codec.decode(blob, layout, coder=REFERENCE)) == bits(kv)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lossless_is_exact_for_all_65536_patterns(dtype: str) -> None:
+    layout = codec.KVLayout.uniform(
+        model="m", revision="r", num_layers=2, kv_heads=4, head_dim=64, dtype=dtype, chunk_tokens=64
+    )
+    kv = np.arange(65536, dtype=np.uint16).reshape(2, 2, 64, 4, 64).view(codec.empty(layout, 1).dtype)
+    assert bits(codec.decode(codec.encode(kv, layout, quality="lossless"), layout)) == bits(kv)
+
+
+@given(layouts(), st.integers(1, 40), st.integers(0, 2**32), positions)
+@settings(deadline=None, max_examples=60)
+def test_reference_and_native_agree_bit_for_bit(layout: codec.KVLayout, tokens: int, seed: int, position: int) -> None:
+    kv = random_kv(layout, min(tokens, layout.chunk_tokens), seed)
+    blob = codec.encode(kv, layout, quality="high", first_position=position)
+    assert codec.encode(kv, layout, quality="high", first_position=position, coder=REFERENCE) == blob
+    for quality in ("low", "medium", "high"):
+        native = codec.decode(blob, layout, quality=quality)
+        assert bits(native) == bits(codec.decode(blob, layout, quality=quality, coder=REFERENCE))
+
+
+@given(layouts(), st.integers(1, 40), st.integers(0, 2**32), positions)
+@settings(deadline=None, max_examples=40)
+def test_a_prefix_is_the_object_of_that_quality(layout: codec.KVLayout, tokens: int, seed: int, position: int) -> None:
+    kv = random_kv(layout, min(tokens, layout.chunk_tokens), seed)
+    blob = codec.encode(kv, layout, quality="high", first_position=position)
+    for quality in ("low", "medium", "high"):
+        prefix = codec.truncate(blob, quality)
+        assert codec.verify(prefix).quality.label == quality
+        assert codec.parse_header(prefix).length_for(codec.Quality.parse(quality)) == len(prefix)
+        assert bits(codec.decode(prefix, layout)) == bits(codec.decode(blob, layout, quality=quality))
+        assert bits(codec.decode(prefix, layout, quality="high")) == bits(codec.decode(prefix, layout))
+    sizes = [len(codec.truncate(blob, quality)) for quality in ("low", "medium", "high")]
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == len(blob)
+
+
+def planes_of(kv: Any) -> list[np.ndarray[Any, Any]]:
+    pairs = kv if isinstance(kv, list) else [(layer[0], layer[1]) for layer in kv]
+    return [array.astype(np.float64) for pair in pairs for array in pair]
+
+
+@given(layouts(dtypes=("float32",)), st.integers(0, 2**32), positions)
+@settings(deadline=None, max_examples=40)
+def test_lossy_error_stays_within_the_step(layout: codec.KVLayout, seed: int, position: int) -> None:
+    """Every value within half a step of D (a rotated pair: within √2 of that), D from the plane's own rms.
+
+    A component too quiet to be coded may be off by its own size, up to 8 times its σ < 0.16 step in these data.
+    """
+    kv = random_kv(layout, layout.chunk_tokens, seed)
+    blob = codec.encode(kv, layout, quality="high", first_position=position)
+    for quality, levels in (("low", 0), ("medium", 1), ("high", 2)):
+        restored = codec.decode(blob, layout, quality=quality)
+        for index, (was, got) in enumerate(zip(planes_of(kv), planes_of(restored), strict=True)):
+            if was.size == 0:
+                continue
+            rms_max = np.sqrt(np.mean(was**2)) * 1.2 + 1e-6
+            factor = 0.75 * (0.67 if index % 2 else 1.0)
+            peak = np.abs(was).max()
+            step = factor * max(rms_max, peak * 2.0**-20) / 3**levels
+            assert np.abs(was - got).max() <= 1.5 * step + 1e-5 * peak
+
+
+def test_sinks_are_exact_at_every_quality() -> None:
+    kv = random_kv(UNIFORM, 64, 7)
+    restored = codec.decode(codec.encode(kv, UNIFORM, quality="low", first_position=2), UNIFORM)
+    assert bits(restored[:, :, :2]) == bits(kv[:, :, :2])
+    assert bits(restored[:, :, 2:]) != bits(kv[:, :, 2:])
+
+
+def test_drain_tokens_are_finer() -> None:
+    rng = np.random.default_rng(1)
+    kv = rng.standard_normal((2, 2, 64, 2, 16)).astype(np.float32)
+    kv[:, :, 20] *= 0.2
+    kv16 = kv.astype(ml_dtypes.bfloat16)
+    error = codec.decode(codec.encode(kv16, UNIFORM, quality="low", first_position=9), UNIFORM).astype(
+        np.float32
+    ) - kv16.astype(np.float32)
+    rms = np.sqrt((error**2).mean(axis=(0, 1, 3, 4)))
+    assert rms[20] < 0.3 * np.median(rms)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("coder", [None, REFERENCE])
+def test_values_that_no_quantiser_takes_are_refused_not_spread(bad: float, coder: Any) -> None:
+    kv = random_kv(UNIFORM, 64, 3)
+    kv[1, 0, 30, 1, 5] = bad
+    arguments = {} if coder is None else {"coder": coder}
+    with pytest.raises(codec.ValuesError, match="lossless"):
+        codec.encode(kv, UNIFORM, quality="high", **arguments)
+    assert bits(codec.decode(codec.encode(kv, UNIFORM, quality="lossless"), UNIFORM)) == bits(kv)
+    kv = random_kv(UNIFORM, 64, 3)
+    kv[1, 0, 3, 1, 5] = bad  # a sink is stored as it is, whatever it is
+    blob = codec.encode(kv, UNIFORM, quality="high", **arguments)
+    restored = codec.decode(blob, UNIFORM, **arguments)
+    assert bits(restored[:, :, :4]) == bits(kv[:, :, :4])
+    assert np.isfinite(restored[:, :, 4:].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-5, 1e4, 1e29])
+def test_extreme_scales(scale: float) -> None:
+    layout = codec.KVLayout.uniform(
+        model="m", revision="r", num_layers=1, kv_heads=2, head_dim=8, dtype="float32", chunk_tokens=32
+    )
+    kv = (np.random.default_rng(0).standard_normal((1, 2, 32, 2, 8)) * scale).astype(np.float32)
+    blob = codec.encode(kv, layout, quality="high")
+    assert blob == codec.encode(kv, layout, quality="high", coder=REFERENCE)
+    assert np.abs(codec.decode(blob, layout) - kv).max() <= 0.1 * scale
+
+
+def test_constant_planes_survive() -> None:
+    layout = codec.KVLayout.uniform(model="m", revision="r", num_layers=2, kv_heads=2, head_dim=16, chunk_tokens=64)
+    kv = np.full((2, 2, 64, 2, 16), 5.0).astype(ml_dtypes.bfloat16)
+    restored = codec.decode(codec.encode(kv, layout, quality="low", first_position=50), layout)
+    assert np.abs(restored.astype(np.float32) - 5.0).max() <= 0.05
+
+
+def test_threads_change_nothing() -> None:
+    kv = random_kv(UNIFORM, 64, 5)
+    blob = codec.encode(kv, UNIFORM, quality="high", threads=4)
+    assert blob == codec.encode(kv, UNIFORM, quality="high")
+    assert bits(codec.decode(blob, UNIFORM, threads=4)) == bits(codec.decode(blob, UNIFORM))
+
+
+def test_strided_input_and_output() -> None:
+    whole = random_kv(UNIFORM, 64, 11)
+    head_major = np.ascontiguousarray(whole.swapaxes(2, 3)).swapaxes(2, 3)  # an engine's [heads, tokens, dim]
+    assert not head_major.flags.c_contiguous
+    for quality in ("raw", "lossless", "high"):
+        blob = codec.encode(whole[:, :, 8:40], UNIFORM, quality=quality, first_position=8)
+        assert blob == codec.encode(head_major[:, :, 8:40], UNIFORM, quality=quality, first_position=8)
+        expected = bits(codec.decode(blob, UNIFORM))
+        for target in (np.zeros_like(whole), np.zeros_like(whole.swapaxes(2, 3)).swapaxes(2, 3)):
+            codec.decode(blob, UNIFORM, out=target[:, :, 16:48])
+            assert bits(target[:, :, 16:48]) == expected
+            assert not target[:, :, :16].view(np.uint16).any()
+            assert not target[:, :, 48:].view(np.uint16).any()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (lambda kv: codec.encode(kv.astype(np.float32), UNIFORM), "bfloat16"),
+        (lambda kv: codec.encode(kv[:1], UNIFORM), "layers"),
+        (lambda kv: codec.encode(kv[0], UNIFORM), "tokens"),
+        (lambda kv: codec.encode(kv[:, :, :0], UNIFORM), "1 to chunk_tokens"),
+        (lambda kv: codec.encode(np.concatenate([kv, kv], axis=2), UNIFORM), "chunk_tokens"),
+        (lambda kv: codec.encode("kv", UNIFORM), "numpy"),
+        (lambda kv: codec.encode([(kv[0, 0], kv[0, 1])], UNIFORM), "pair"),
+        (lambda kv: codec.encode(kv, UNIFORM, quality="best"), "lossless"),
+        (lambda kv: codec.encode(kv, UNIFORM, first_position=-1), "first_position"),
+        (lambda kv: codec.encode(kv, UNIFORM, part=1), "part"),
+        (lambda kv: codec.encode(kv, UNIFORM, chunk_hash=b"x"), "32 bytes"),
+        (lambda kv: codec.decode(codec.encode(kv, UNIFORM), UNIFORM, out=kv[:, :, 1:]), "tokens"),
+        (lambda kv: codec.decode(codec.encode(kv, UNIFORM), UNIFORM, out=np.broadcast_to(kv, kv.shape)), "read-only"),
+    ],
+)
+def test_a_callers_mistake_is_one_line_that_names_the_fix(mistake: Any, says: str) -> None:
+    with pytest.raises(codec.LayoutError, match=says) as error:
+        mistake(random_kv(UNIFORM, 64, 1))
+    assert "\n" not in str(error.value)
+
+
+def test_an_object_of_another_identity_is_never_decoded() -> None:
+    kv = random_kv(UNIFORM, 64, 1)
+    blob = codec.encode(kv, UNIFORM, chunk_hash=b"a" * 32)
+    other = codec.KVLayout.uniform(
+        model="m", revision="r2", num_layers=2, kv_heads=2, head_dim=16, chunk_tokens=64, rope=codec.RoPE(10000.0)
+    )
+    for arguments in ({"layout": other}, {"layout": UNIFORM, "chunk_hash": b"b" * 32}, {"layout": UNIFORM, "part": 1}):
+        with pytest.raises(codec.ForeignObject):
+            codec.decode(blob, **arguments)
+
+
+def test_parts_are_objects_of_their_own() -> None:
+    layout = codec.KVLayout.uniform(
+        model="m", revision="r", num_layers=4, kv_heads=2, head_dim=16, chunk_tokens=64,
+        rope=codec.RoPE(10000.0), partition=codec.Partition(2, 2),
+    )  # fmt: skip
+    whole = random_kv(layout, 64, 2)
+    for part in range(4):
+        group, head = divmod(part, 2)
+        piece = whole[2 * group : 2 * group + 2, :, :, head : head + 1]
+        blob = codec.encode(piece, layout, quality="lossless", part=part)
+        assert codec.inspect(blob).header.part == part
+        assert bits(codec.decode(blob, layout, part=part)) == bits(piece)
+
+
+def test_torch_and_dlpack_arrays() -> None:
+    torch = pytest.importorskip("torch")
+    kv = torch.randn(2, 2, 64, 2, 16).bfloat16()
+    as_numpy = kv.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    blob = codec.encode(kv, UNIFORM, quality="high")
+    assert blob == codec.encode(as_numpy, UNIFORM, quality="high")
+
+    class OnlyDLPack:
+        def __dlpack__(self, **arguments: Any) -> Any:
+            return kv.__dlpack__()
+
+        def __dlpack_device__(self) -> Any:
+            return kv.__dlpack_device__()
+
+    assert codec.encode(OnlyDLPack(), UNIFORM, quality="high") == blob
+    out = torch.zeros(2, 2, 100, 2, 16).bfloat16()
+    assert codec.decode(blob, UNIFORM, out=out[:, :, 10:74]).data_ptr() == out[:, :, 10:].data_ptr()
+    assert out[:, :, 10:74].view(torch.int16).numpy().tobytes() == bits(codec.decode(blob, UNIFORM))
+    for name in ("float8_e4m3fn", "float8_e5m2", "float16", "float32", "int8", "uint8"):
+        layout = codec.KVLayout.uniform(
+            model="m", revision="r", num_layers=1, kv_heads=1, head_dim=8, dtype=name, chunk_tokens=16
+        )
+        values = torch.arange(256).reshape(1, 2, 16, 1, 8).to(getattr(torch, name))
+        restored = codec.decode(codec.encode(values, layout, quality="lossless"), layout)
+        assert bits(restored) == values.contiguous().view(torch.uint8).numpy().tobytes()
