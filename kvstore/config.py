@@ -103,7 +103,9 @@ class NodeConfig(BaseModel):
     disk_capacity: Size = Field(16 * GIB, description="bytes of objects held on disk")
     object_bytes_max: Size = Field(GIB // 4, description="largest object taken")
     staged_bytes_max: Size = Field(GIB, description="bytes of puts in flight, all together")
-    put_idle_s: float = Field(10.0, gt=0, le=3600, description="seconds a put may send nothing before it is aborted")
+    stream_idle_s: float = Field(
+        15.0, gt=0, le=3600, description="seconds a put or fetch may make no progress before it is aborted"
+    )
     lease_ms_max: int = Field(60_000, ge=0, le=86_400_000, description="longest lease granted, milliseconds")
     shutdown_grace_s: float = Field(
         10.0, ge=0, le=3600, description="seconds that calls in flight get to finish after SIGTERM"
