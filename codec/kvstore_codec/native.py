@@ -33,7 +33,8 @@ class NativeCoder:
     def __init__(self) -> None:
         self._coder = _native.Coder(
             tables.VALUES.freq.astype(np.uint16), tables.DIGITS.freq.astype(np.uint16), tables.CENTROIDS,
-            tables.SCALE_THRESHOLDS, tables.SCALE_VARIANCES, tables.EXPONENTS.freq.astype(np.uint16), SYMBOL_COSTS.astype(np.int32),
+            tables.SCALE_THRESHOLDS, tables.SCALE_VARIANCES, tables.EXPONENTS.freq.astype(np.uint16),
+            SYMBOL_COSTS.astype(np.int32),
         )  # fmt: skip
 
     def drain_tokens(self, k: Plane, v: Plane, sinks: int, dtype: str) -> npt.NDArray[np.uint16]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ def test_chain_shape(tokens: list[int]) -> None:
     refs = codec.chunk_refs(LAYOUT, tokens, tail=True)
     assert [ref.first_token for ref in refs] == list(range(0, len(tokens), 16))
     assert sum(ref.tokens for ref in refs) == len(tokens)
-    assert all(later.parent == earlier.hash for earlier, later in zip(refs, refs[1:], strict=False))
+    assert all(later.parent == earlier.hash for earlier, later in itertools.pairwise(refs))
     assert codec.chunk_refs(LAYOUT, tokens) == [ref for ref in refs if ref.tokens == 16]
 
 

@@ -1,0 +1,41 @@
+"""The only writer of golden files: `make vectors`. Run it when a format version is added, never to make a test pass."""
+
+from __future__ import annotations
+
+import json
+import sys
+from hashlib import blake2b
+from importlib import resources
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
+
+import golden
+from kv_strategies import bits
+
+import kvstore_codec as codec
+
+
+def main() -> None:
+    for case in golden.CASES:
+        folder = golden.OBJECTS / case.name
+        folder.mkdir(parents=True, exist_ok=True)
+        kv = golden.make_input(case)
+        blob = codec.encode(kv, case.layout, **case.arguments())
+        decoded = {q: golden.digest_of(codec.decode(blob, case.layout, quality=q)) for q in golden.qualities(blob)}
+        config = {
+            "layout": json.loads(case.layout.canonical_bytes), "tokens": case.tokens,
+            "arguments": {**case.arguments(), "chunk_hash": case.arguments()["chunk_hash"].hex()},
+            "decoded_blake2b_256": decoded,
+        }  # fmt: skip
+        (folder / "input.bin").write_bytes(bits(kv))
+        (folder / "encoded.kvc").write_bytes(blob)
+        (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (golden.VECTORS / "identity.json").write_text(json.dumps(golden.identity(), indent=1) + "\n")
+    tables = resources.files("kvstore_codec").joinpath("tables.bin").read_bytes()
+    digest = {"tables.bin": blake2b(tables, digest_size=32).hexdigest()}
+    (golden.VECTORS / "tables.json").write_text(json.dumps(digest) + "\n")
+
+
+if __name__ == "__main__":
+    main()
