@@ -93,27 +93,30 @@ class NodeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     listen: Annotated[str, AfterValidator(_addresses)] = Field(
-        "127.0.0.1:7070", description="host:port or unix:/path to serve gRPC on; several with commas; port 0: any"
+        default="127.0.0.1:7070",
+        description="host:port or unix:/path to serve gRPC on; several with commas; port 0: any",
     )
     node_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = Field(
-        None, description="name of this node in answers and metrics (default: the host's name)"
+        default=None, description="name of this node in answers and metrics (default: the host's name)"
     )
-    host_capacity: Size = Field(4 * GIB, description="bytes of objects held in RAM")
-    disk_path: Path | None = Field(None, description="directory of the disk tier; none: no disk tier")
-    disk_capacity: Size = Field(16 * GIB, description="bytes of objects held on disk")
-    object_bytes_max: Size = Field(GIB // 4, description="largest object taken")
-    staged_bytes_max: Size = Field(GIB, description="bytes of puts in flight, all together")
+    host_capacity: Size = Field(default=4 * GIB, description="bytes of objects held in RAM")
+    disk_path: Path | None = Field(default=None, description="directory of the disk tier; none: no disk tier")
+    disk_capacity: Size = Field(default=16 * GIB, description="bytes of objects held on disk")
+    object_bytes_max: Size = Field(default=GIB // 4, description="largest object taken")
+    staged_bytes_max: Size = Field(default=GIB, description="bytes of puts in flight, all together")
     stream_idle_s: float = Field(
-        15.0, gt=0, le=3600, description="seconds a put or fetch may make no progress before it is aborted"
+        default=15.0, gt=0, le=3600, description="seconds a put or fetch may make no progress before it is aborted"
     )
-    lease_ms_max: int = Field(60_000, ge=0, le=86_400_000, description="longest lease granted, milliseconds")
+    lease_ms_max: int = Field(default=60_000, ge=0, le=86_400_000, description="longest lease granted, milliseconds")
     shutdown_grace_s: float = Field(
-        10.0, ge=0, le=3600, description="seconds that calls in flight get to finish after SIGTERM"
+        default=10.0, ge=0, le=3600, description="seconds that calls in flight get to finish after SIGTERM"
     )
     metrics_listen: Annotated[str, AfterValidator(_metrics_address)] | None = Field(
-        None, description="host:port of the Prometheus endpoint; none: no endpoint"
+        default=None, description="host:port of the Prometheus endpoint; none: no endpoint"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line logged")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="least severe line logged"
+    )
 
     @model_validator(mode="after")
     def _disk_has_room(self) -> NodeConfig:

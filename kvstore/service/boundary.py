@@ -19,6 +19,7 @@ from kvstore.errors import KvStoreError
 from kvstore.service.status import STATUS_OF_CODE, abort
 
 OUR_METHODS = "/kvstore.v1."
+ERROR_ANSWER_S_MAX = 1.0
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -87,9 +88,16 @@ class Boundary(Interceptor):
             raise
         except KvStoreError as error:
             status = STATUS_OF_CODE[error.code].name
-            await abort(context, error)
+            await self._answer(context, error)
         finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
             self._seconds.labels(method, status).observe(self._clock() - started)
+
+    async def _answer(self, context: Context, error: KvStoreError) -> None:
+        """Sends the error; a peer that does not even read that is cut off, so that its call holds nothing."""
+        try:
+            await asyncio.wait_for(abort(context, error), ERROR_ANSWER_S_MAX)
+        except asyncio.TimeoutError:
+            raise asyncio.CancelledError from None

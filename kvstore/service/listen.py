@@ -16,6 +16,7 @@ from kvstore.errors import ListenError
 
 #: Without it Linux lets two nodes share a port and splits their connections at random.
 EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)
+OTHER_ADDRESS = "pass a --listen address of this machine"
 
 
 def bind(server: grpc.aio.Server, addresses: Iterable[str]) -> tuple[str, ...]:
@@ -37,46 +38,50 @@ def unlink_sockets(addresses: Iterable[str]) -> None:
 
 def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
     host, _, port = address.rpartition(":")
-    try:
-        bound = server.add_insecure_port(address)
-    except RuntimeError:
-        bound = 0
-    if not bound:
-        raise ListenError(f"cannot listen on {address}: {_why_not(host.strip('[]'), int(port))}")
-    return f"{host}:{bound}"
+    _probe_tcp(address, host.strip("[]"), int(port))
+    return f"{host}:{_add(server, address, 'the server could not bind it')}"
 
 
-def _why_not(host: str, port: int) -> str:
-    """gRPC says only that it failed; the system says why."""
+def _probe_tcp(address: str, host: str, port: int) -> None:
+    """Asks the system first: it says why an address cannot be had, gRPC only that it failed (and at length)."""
+    problems: list[str] = []
     try:
-        family, kind, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with closing(socket.socket(family, kind)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-            probe.listen()
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
-        return f"{error.strerror}: give an address of this machine"
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return "the port is in use: stop the other process or pass another --listen (port 0 takes a free one)"
-        if error.errno == errno.EACCES:
-            return "not permitted: ports under 1024 need privileges, pass another --listen"
-        return f"{error.strerror}: give an address of this machine"
-    return "the server could not bind it: pass another --listen"
+        raise ListenError(f"cannot listen on {address}: {error.strerror}, {OTHER_ADDRESS}") from None
+    for family, kind, _, _, target in found:
+        try:
+            with closing(socket.socket(family, kind)) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(target)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ListenError(
+                    f"cannot listen on {address}: the port is in use, stop the other process or pass another "
+                    "--listen (port 0 takes a free one)"
+                ) from None
+            problems.append(str(error.strerror))
+    if len(problems) == len(found):
+        raise ListenError(f"cannot listen on {address}: {problems[0]}, {OTHER_ADDRESS}")
 
 
 def _bind_unix(server: grpc.aio.Server, address: str) -> str:
     path = Path(address.removeprefix("unix:"))
+    if not path.parent.is_dir():
+        raise ListenError(f"cannot listen on {address}: create {path.parent} or pass another --listen")
     _clear_stale(path)
+    _add(server, address, f"{path.parent} must be writable")
+    return address
+
+
+def _add(server: grpc.aio.Server, address: str, otherwise: str) -> int:
     try:
         bound = server.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if not bound:
-        folder = path.parent
-        fix = f"create {folder}" if not folder.is_dir() else "the folder must be writable"
-        raise ListenError(f"cannot listen on {address}: {fix}, or pass another --listen")
-    return address
+        raise ListenError(f"cannot listen on {address}: {otherwise}, pass another --listen")
+    return bound
 
 
 def _clear_stale(path: Path) -> None:

@@ -20,6 +20,7 @@ LIST_LIMIT_MAX = 1000
 PAGE_TOKEN_BYTES_MAX = 256
 LEASE_ID_BYTES_MAX = 64
 OBJECT_BYTES_MAX = 1 << 40
+EVICTABLE_TIERS = ("host", "disk")
 _QUALITIES = tuple(Quality)
 
 
@@ -76,9 +77,9 @@ def page_token(value: str) -> str:
     return value
 
 
-def tier_or_all(value: str, known: frozenset[str]) -> str | None:
-    if value and value not in known:
-        raise InvalidRequest("unknown tier", tier=repr(value[:40]), known=" ".join(sorted(known)))
+def tier_or_all(value: str) -> str | None:
+    if value and value not in EVICTABLE_TIERS:
+        raise InvalidRequest("unknown tier", tier=repr(value[:40]), known=" ".join(EVICTABLE_TIERS))
     return value or None
 
 
