@@ -1,6 +1,6 @@
 """What stored KV bytes mean: layout, identity, object format, and the codec between arrays and objects."""
 
-from kvstore_codec.api import decode, encode
+from kvstore_codec.api import check_header, decode, encode
 from kvstore_codec.arrays import KVArray, empty, token_count, token_slice
 from kvstore_codec.container import (
     HEADER_BYTES,
@@ -68,6 +68,7 @@ __all__ = [
     "SegmentInfo",
     "UnsupportedObject",
     "ValuesError",
+    "check_header",
     "chunk_refs",
     "decode",
     "empty",

@@ -29,6 +29,8 @@ STEP_FACTOR_K = 0.75
 STEP_FACTOR_V = 0.75 * 0.67
 #: Tokens at positions before this one carry most of the loss when quantised and are stored as they are.
 SINK_POSITIONS = 4
+#: At most one token in so many is a drain token (about 1 % are, in real caches).
+DRAIN_TOKENS_DIVISOR = 2
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -107,9 +109,8 @@ def decode(
         blob = container.truncate(blob, quality)
     info = container.inspect(blob)
     header = info.header
-    _check_identity(header, layout, chunk_hash, part)
+    check_header(header, layout, chunk_hash=chunk_hash, part=part)
     part_layout = layout.part_layout(header.part)
-    _check_shape(header, layout, part_layout)
     if out is None:
         out = arrays.empty(part_layout, header.tokens)
     planes = arrays.planes_to_write(out, part_layout)
@@ -142,6 +143,32 @@ def storable_quality(layout: KVLayout, quality: str | Quality) -> Quality:
     return Quality.RAW
 
 
+def check_header(
+    header: ObjectHeader, layout: KVLayout, *, chunk_hash: bytes | None = None, part: int | None = None
+) -> None:
+    """That an object with this header is one of `layout`, and the chunk and part asked for (None: any).
+
+    Raises ForeignObject (another namespace, chunk or part), DamagedObject (contradicts the layout).
+    """
+    if header.namespace_id != layout.namespace_id:
+        raise ForeignObject("the object belongs to another namespace", found=header.namespace_id.hex()[:16])
+    if chunk_hash is not None and header.chunk_hash != chunk_hash:
+        raise ForeignObject("the object is another chunk", found=header.chunk_hash.hex()[:16])
+    if (part is not None and header.part != part) or header.part >= layout.partition.parts:
+        raise ForeignObject("the object is another part", found=header.part)
+    part_layout = layout.part_layout(header.part)
+    agrees = (
+        header.dtype == layout.dtype
+        and header.quality == storable_quality(layout, header.quality)
+        and header.layers == part_layout.num_layers
+        and header.tokens <= layout.chunk_tokens
+        and header.tail == (header.tokens < layout.chunk_tokens)
+        and header.raw_bytes == header.tokens * part_layout.bytes_per_token
+    )
+    if not agrees:
+        raise DamagedObject("the object contradicts its layout", code=ErrorCode.STRUCTURE)
+
+
 def _coded_planes(
     planes: Sequence[Plane], group: SegmentGroup, layout: KVLayout, first_position: int
 ) -> list[CodedPlane]:
@@ -159,9 +186,10 @@ def _sinks(first_position: int, tokens: int) -> int:
 
 
 def _union(drains: Sequence[npt.NDArray[np.uint16]], sinks: int, tokens: int) -> npt.NDArray[np.uint16]:
-    """Drain tokens of a group of layers: any layer's; none if that would be all of them."""
+    """Drain tokens of a group of layers: any layer's. None if they are not few: the step of the others would then be
+    measured on too little."""
     union = np.unique(np.concatenate(drains))
-    return union if len(union) < tokens - sinks else union[:0]
+    return union if len(union) * DRAIN_TOKENS_DIVISOR <= tokens - sinks else union[:0]
 
 
 def _by_group(info: ObjectInfo) -> list[list[SegmentInfo]]:
@@ -180,29 +208,6 @@ def _copy_raw(payload: memoryview, planes: Sequence[Plane]) -> None:
         values = np.frombuffer(payload[at : at + plane.nbytes], plane.dtype)
         plane[...] = values.reshape(plane.shape)
         at += plane.nbytes
-
-
-def _check_identity(header: ObjectHeader, layout: KVLayout, chunk_hash: bytes | None, part: int | None) -> None:
-    if header.namespace_id != layout.namespace_id:
-        raise ForeignObject("the object belongs to another namespace", found=header.namespace_id.hex()[:16])
-    if chunk_hash is not None and header.chunk_hash != chunk_hash:
-        raise ForeignObject("the object is another chunk", found=header.chunk_hash.hex()[:16])
-    if (part is not None and header.part != part) or header.part >= layout.partition.parts:
-        raise ForeignObject("the object is another part", found=header.part)
-
-
-def _check_shape(header: ObjectHeader, layout: KVLayout, part_layout: KVLayout) -> None:
-    """The header must agree with what the layout says of such an object."""
-    agrees = (
-        header.dtype == layout.dtype
-        and header.quality == storable_quality(layout, header.quality)
-        and header.layers == part_layout.num_layers
-        and header.tokens <= layout.chunk_tokens
-        and header.tail == (header.tokens < layout.chunk_tokens)
-        and header.raw_bytes == header.tokens * part_layout.bytes_per_token
-    )
-    if not agrees:
-        raise DamagedObject("the object contradicts its layout", code=ErrorCode.STRUCTURE)
 
 
 def _map(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:

@@ -6,7 +6,7 @@ namespace {
 constexpr double kDrainKNorm = 0.6, kDrainVNorm = 0.5;
 constexpr float kDrainScale = 0.125f;
 constexpr int kMeanMax = 2047, kMeanShiftMax = 31, kRawMax = 32767;
-constexpr double kRmsMin = 0x1p-100, kRmsToPeakMin = 0x1p-20, kMagnitudeMax = 0x1p100;
+constexpr double kRmsMin = 0x1p-100, kRmsToPeakMin = 0x1p-20, kRmsToPeakMinDrains = 0x1p-9, kMagnitudeMax = 0x1p100;
 constexpr float kStepMax = 0x1p100f;  // also of a mean's unit: nothing decoded can overflow a float
 constexpr std::size_t kStatisticsBits = 18;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
@@ -102,8 +102,9 @@ struct LossyCodec::Block {
     bool entry, drain;
 };
 
-Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t channels, const Tokens& plain,
+Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t channels, const TokenClasses& classes,
                                double step_factor) const {
+    const Tokens& plain = classes.plain;
     Statistics result;
     result.mean_steps.assign(channels, 0);
     result.scale_ids.assign(channels, 0);
@@ -131,8 +132,12 @@ Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t chann
         variance_sum.add(c, std::max(square[c] - mean[c] * mean[c], 0.0));
         mean_peak = std::max(mean_peak, std::fabs(mean[c]));
     }
+    // Of the drain tokens only the peak counts: they are few, but one may be far out in another layer of its group.
+    for (const u32 token : classes.drains)
+        for (std::size_t c = 0; c < channels; ++c) peak = std::max(peak, std::fabs(flat[token * channels + c]));
     const double rms = std::sqrt(variance_sum.total() / static_cast<double>(channels));
-    result.step = static_cast<float>(step_factor * std::max({rms, peak * kRmsToPeakMin, kRmsMin}));
+    const double floor = peak * (classes.drains.empty() ? kRmsToPeakMin : kRmsToPeakMinDrains);
+    result.step = static_cast<float>(step_factor * std::max({rms, floor, kRmsMin}));
     double quantum = static_cast<double>(result.step) * 0.25;
     while (mean_peak > quantum * kMeanMax) {
         ++result.mean_shift;
@@ -280,7 +285,7 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
             if (coded.rotation.pairs > 0) rotate_row(row, plane.heads, plane.dim, coded.rotation, token, -1.0f);
         }
         const Statistics& measured =
-            statistics.emplace_back(measure(flat, channels, classes.plain, coded.step_factor));
+            statistics.emplace_back(measure(flat, channels, classes, coded.step_factor));
         write_statistics(side, measured);
         values.resize((first + channels) * stride, 0);
         const float step = level_step(measured.step, levels - 1);

@@ -72,7 +72,7 @@ class LossyCodec {
     using Values = std::vector<i32>;  // [components, stride], a component's tokens together
 
     void derive_scales(Statistics& statistics) const;
-    Statistics measure(const std::vector<float>& flat, std::size_t channels, const Tokens& plain,
+    Statistics measure(const std::vector<float>& flat, std::size_t channels, const TokenClasses& classes,
                        double step_factor) const;
     static std::vector<Block> blocks(std::span<const Statistics> statistics, int level, bool drains);
     void encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,

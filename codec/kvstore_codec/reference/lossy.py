@@ -45,6 +45,7 @@ MEAN_SHIFT_MAX = 31  # the encoder needs at most 14
 RAW_MAX = 32767  # escaped values have 16 bits
 RMS_MIN = 2.0**-100
 RMS_TO_PEAK_MIN = 2.0**-20  # a constant plane still gets a step that its mean fits
+RMS_TO_PEAK_MIN_DRAINS = 2.0**-9  # and drain tokens, at step/8, one at which the whole plane's range fits 16 bits
 MAGNITUDE_MAX = 2.0**100
 STEP_MAX = 2.0**100  # also of a mean's unit: nothing decoded can overflow a float
 
@@ -124,7 +125,7 @@ def encode_lossy(
             raise ValuesError('kv holds NaN, infinite or huge values: store it with quality="lossless"')
         values[:sinks] = 0
         flat = rotate(values, plane.rotation, inverse=True).reshape(tokens, -1)
-        measured = _measure(flat[plain], plane.step_factor)
+        measured = _measure(flat[plain], flat[drains], plane.step_factor)
         statistics.append(measured)
         coded.append(_quantise(flat, measured, drains, levels))
     finest = np.concatenate(coded, axis=1)
@@ -165,8 +166,9 @@ def _plain_tokens(tokens: int, sinks: int, drains: Ints) -> Ints:
     return np.flatnonzero(plain)
 
 
-def _measure(flat: Float32s, step_factor: float) -> Statistics:
-    """Step, means and scale ids of a plane from its plain tokens, float32 [tokens, channels]."""
+def _measure(flat: Float32s, drained: Float32s, step_factor: float) -> Statistics:
+    """Step, means and scale ids of a plane from its plain tokens, float32 [tokens, channels]. `drained`: the drain
+    tokens, of which only the peak counts. They are few, but one may be far out in another layer of its group."""
     count, channels = flat.shape
     if count == 0 or channels == 0:
         return Statistics(np.float32(1), 0, np.zeros(channels, np.int64), np.zeros(channels, np.int64))
@@ -174,8 +176,10 @@ def _measure(flat: Float32s, step_factor: float) -> Statistics:
     mean = sum_columns(x) / count
     square = sum_columns(x * x) / count
     rms = np.sqrt(sum_rows(np.maximum(square - mean * mean, 0.0)) / channels)
-    peak = np.abs(x).max()
-    step = np.float32(step_factor * max(rms, peak * RMS_TO_PEAK_MIN, RMS_MIN))
+    peak = np.abs(x).max() * RMS_TO_PEAK_MIN
+    if drained.size:
+        peak = max(np.abs(x).max(), np.abs(drained).max()) * RMS_TO_PEAK_MIN_DRAINS
+    step = np.float32(step_factor * max(rms, peak, RMS_MIN))
     shift, quantum = 0, float(step) * 0.25
     while np.abs(mean).max() > quantum * MEAN_MAX:
         shift, quantum = shift + 1, quantum * 2

@@ -99,6 +99,17 @@ def test_lossy_error_stays_within_the_step(layout: codec.KVLayout, seed: int, po
             assert np.abs(was - got).max() <= 1.5 * step + 1e-5 * peak
 
 
+def test_a_drain_token_far_out_in_another_layer_is_not_clipped() -> None:
+    """A token may be quiet in one layer, so that the whole group codes it as a drain, and loud in the next."""
+    kv = random_kv(UNIFORM, 64, 3)
+    kv[...] = np.random.default_rng(3).standard_normal(kv.shape).astype(kv.dtype)
+    kv[0, :, 20] *= 0.001
+    kv[1, :, 20] = 30_000.0
+    restored = codec.decode(codec.encode(kv, UNIFORM, quality="high"), UNIFORM)
+    error = np.abs(restored[1, :, 20].astype(np.float32) - 30_000.0)
+    assert error.max() <= 30_000 * 2.0**-8, "no worse than the dtype's own step"
+
+
 def test_sinks_are_exact_at_every_quality() -> None:
     kv = random_kv(UNIFORM, 64, 7)
     restored = codec.decode(codec.encode(kv, UNIFORM, quality="low", first_position=2), UNIFORM)
