@@ -4,7 +4,10 @@
     ├── ConfigError      the configuration cannot be used; `problems` has one line each
     ├── ListenError      an address cannot be listened on
     ├── InvalidRequest   a request's field is not what the protocol says: the caller's mistake
-    └── StreamStalled    a put or fetch made no progress within its limit
+    ├── StreamStalled    a put or fetch made no progress within its limit
+    ├── DiskUnusable     the disk tier's directory cannot be used, or another node uses it
+    ├── TierFull         a tier has no room for an object
+    └── TierFailed       a tier's medium refused to read or write
 
 `code` is stable and names the metric label; `context` holds what was expected and what was found.
 """
@@ -20,6 +23,9 @@ class Code(str, Enum):
     LISTEN = "listen"
     INVALID_REQUEST = "invalid_request"
     STREAM_STALLED = "stream_stalled"
+    DISK_UNUSABLE = "disk_unusable"
+    TIER_FULL = "tier_full"
+    TIER_FAILED = "tier_failed"
     INTERNAL = "internal"
 
 
@@ -57,3 +63,18 @@ class InvalidRequest(KvStoreError):
 class StreamStalled(KvStoreError):
     def __init__(self, message: str, **context: object) -> None:
         super().__init__(message, code=Code.STREAM_STALLED, **context)
+
+
+class DiskUnusable(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.DISK_UNUSABLE, **context)
+
+
+class TierFull(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.TIER_FULL, **context)
+
+
+class TierFailed(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.TIER_FAILED, **context)

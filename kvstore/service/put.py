@@ -55,7 +55,7 @@ async def _fill(stage: Stage, objects: int, context: Context, idle: IdleLimit, m
 
 async def _receive(context: Context) -> Framed[pb.PutRequest]:
     message = await context.read()
-    if message is grpc.aio.EOF:
+    if message is grpc.aio.EOF:  # type: ignore[attr-defined]
         raise InvalidRequest("the put ended before its commit")
     framed: Framed[pb.PutRequest] = message
     return framed

@@ -86,8 +86,8 @@ async def _serve(
     server = grpc.aio.server(interceptors=[boundary], options=SERVER_OPTIONS, maximum_concurrent_rpcs=RPCS_MAX)
     store = StoreService(node, stream_idle_s=config.stream_idle_s, metrics=StreamMetrics(registry))
     add_framed_store_servicer(store, server)
-    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(node), server)
-    health_service = health.aio.HealthServicer()
+    admin_pb2_grpc.add_AdminServicer_to_server(AdminService(node), server)  # type: ignore[no-untyped-call]
+    health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     addresses = bind(server, config.listen_addresses)

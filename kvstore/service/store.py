@@ -56,7 +56,7 @@ class StoreService(pb_grpc.StoreServicer):
         limit = requests.list_limit(request.limit)
         token = requests.page_token(request.page_token)
         while True:
-            entries, next_token = self._node.list(namespace_id, prefix, limit, token)
+            entries, next_token = self._node.list_objects(namespace_id, prefix, limit, token)
             response = wire.list_response(entries, next_token)
             if limit == 1 or response.ByteSize() <= LIST_ANSWER_BYTES_MAX:
                 return response

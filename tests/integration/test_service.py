@@ -373,11 +373,11 @@ def test_what_has_no_room_is_refused_before_it_is_sent(quiet_node: NodeProcess) 
 
 
 def test_puts_in_flight_are_bounded(quiet_node: NodeProcess) -> None:
-    offers = [chunk.offer() for chunk in kv.chunks(LAYOUT, 3, seed=26)]
+    offers = [chunk.offer() for chunk in kv.chunks(WIDE, 3, seed=26)]
     for offer in offers:
         offer.object_bytes = 7 << 20
     stream = kv.PutStream(quiet_node.store)
-    stream.send(kv.put_offer(LAYOUT, offers))
+    stream.send(kv.put_offer(WIDE, offers))
     verdicts = list(stream.receive().verdicts.verdicts)
     assert verdicts == [pb.VERDICT_SEND, pb.VERDICT_SEND, pb.VERDICT_REFUSED]
     assert kv.stat(quiet_node.store).staged_bytes <= 16 << 20

@@ -1,0 +1,54 @@
+"""What a place that holds objects must do.
+
+A tier stores bytes under a key and knows its room; it decides nothing. Its methods block: the engine calls the
+host tier on its loop and the disk tier from threads, writes of one tier one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvstore.index.entry import ObjectKey
+from kvstore_codec import ObjectHeader
+
+Bytes = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object found by `scan`, oldest use first."""
+
+    key: ObjectKey
+    parent: bytes
+    header: ObjectHeader
+
+
+class Tier(Protocol):
+    name: str
+    capacity_bytes: int
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes taken, the tier's own overhead included; never above capacity_bytes."""
+
+    @property
+    def objects(self) -> int: ...
+
+    def cost_bytes(self, length: int) -> int:
+        """What an object of `length` bytes takes."""
+
+    def put(self, key: ObjectKey, parent: bytes, data: Bytes) -> None:
+        """Stores or replaces; when it returns, the object survives what the tier survives.
+
+        Raises TierFull (no room: the engine makes it first) or TierFailed (the medium refused)."""
+
+    def read(self, key: ObjectKey, length: int) -> memoryview | None:
+        """The first `length` bytes of the object, or None where it is not (all) there."""
+
+    def delete(self, key: ObjectKey) -> bool:
+        """Whether it was there."""
+
+    def scan(self) -> Iterator[StoredObject]:
+        """What is held from before, least recently used first."""
