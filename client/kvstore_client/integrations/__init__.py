@@ -1,0 +1,1 @@
+"""Bridges to inference engines. Each module needs its engine installed; nothing imports them but their users."""

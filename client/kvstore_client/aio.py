@@ -1,0 +1,91 @@
+"""The asynchronous client; `client.py` runs the same one for synchronous callers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from kvstore_client.connection import Node, failures
+from kvstore_client.namespace import AsyncNamespace
+from kvstore_client.results import NodeStat, TierStat
+from kvstore_client.session import Session
+from kvstore_client.target import parse_target
+from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVLayout
+from kvstore_proto.v1 import store_pb2 as pb
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEADLINE_S = 2.0
+
+
+class AsyncClient:
+    """A client of one or more nodes, for the event loop that first uses it.
+
+    `target`: "host:port", "unix:///path", or several of them (a list, or with commas). `deadline`: seconds that a
+    call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
+    of the codec. `registry`: where the client's metrics go. Connects when first used; raises InvalidArgument.
+    """
+
+    def __init__(
+        self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
+        threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
+    ) -> None:  # fmt: skip
+        self._session = Session(
+            parse_target(target), deadline_s=deadline, strict=strict, threads=threads, tenant_key=tenant_key,
+            registry=registry,
+        )  # fmt: skip
+
+    def namespace(
+        self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False
+    ) -> AsyncNamespace:
+        """The KV of `layout`. `part`: which of its parts this caller holds. `extras`: LoRA, salt, multimodal content.
+        `tail`: partial last chunks are stored and looked up as well."""
+        return AsyncNamespace(self._session, layout, part=part, extras=extras, tail=tail)
+
+    async def stat(self, *, deadline: float | None = None) -> NodeStat:
+        """The account of the first seed that answers. Raises the typed error where none does, strict or not."""
+        limit = self._session.begin(deadline)
+
+        async def ask(node: Node, timeout_s: float) -> pb.StatResponse:
+            async with failures(node):
+                answer: pb.StatResponse = await node.stub.Stat(pb.StatRequest(), timeout=timeout_s)
+            return answer
+
+        with self._session.timed("stat"):
+            node, stat = await self._session.attempt("stat", b"", limit, ask)
+        return NodeStat(
+            node=node.address,
+            node_id=stat.node_id,
+            version=stat.version,
+            uptime_seconds=stat.uptime_seconds,
+            objects=stat.objects,
+            namespaces=stat.namespaces,
+            leases=stat.leases,
+            staged_objects=stat.staged_objects,
+            staged_bytes=stat.staged_bytes,
+            tiers=tuple(
+                TierStat(
+                    pb.Tier.Name(tier.tier).removeprefix("TIER_").lower(), tier.objects, tier.used_bytes,
+                    tier.capacity_bytes,
+                )
+                for tier in stat.tiers
+                if tier.tier in pb.Tier.values()
+            ),
+            counters=dict(stat.counters),
+        )  # fmt: skip
+
+    async def aclose(self) -> None:
+        """Idempotent; calls under way end as if their node had gone away."""
+        await self._session.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

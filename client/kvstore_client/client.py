@@ -1,0 +1,118 @@
+"""The synchronous client: the asynchronous one, run on an event loop in the background.
+
+All synchronous clients of a process share one loop thread; their methods may be called from any thread, also from
+inside a running event loop (which they then block).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Coroutine, Sequence
+from functools import cache
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from prometheus_client import REGISTRY, CollectorRegistry
+
+from kvstore_client.aio import DEADLINE_S, AsyncClient
+from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
+from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
+from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Quality
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+R = TypeVar("R")
+
+
+class Client:
+    """See AsyncClient, whose arguments and semantics these are."""
+
+    def __init__(
+        self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
+        threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
+    ) -> None:  # fmt: skip
+        self._async = AsyncClient(
+            target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry
+        )
+
+    def namespace(
+        self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False
+    ) -> Namespace:
+        """See AsyncClient.namespace."""
+        return Namespace(self._async.namespace(layout, part=part, extras=extras, tail=tail))
+
+    def stat(self, *, deadline: float | None = None) -> NodeStat:
+        """See AsyncClient.stat."""
+        return _run(self._async.stat(deadline=deadline))
+
+    def close(self) -> None:
+        """See AsyncClient.aclose."""
+        _run(self._async.aclose())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Namespace:
+    """KV of one layout. Made by `Client.namespace`; see AsyncNamespace for what its calls do and raise."""
+
+    def __init__(self, namespace: AsyncNamespace) -> None:
+        self._async = namespace
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._async.layout
+
+    def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
+        """The longest stored prefix of a prompt."""
+        return _run(self._async.lookup(token_ids, lease_ms=lease_ms, deadline=deadline))
+
+    def get(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
+        out: KVArray | None = None, deadline: float | None = None,
+    ) -> tuple[KVArray, int]:  # fmt: skip
+        """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
+        return _run(
+            self._async.get(token_ids, quality=quality, min_quality=min_quality, out=out, deadline=deadline)
+        )  # fmt: skip
+
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
+        provenance: str | Quality = "raw", first_token: int = 0, deadline: float | None = None,
+    ) -> PutResult:  # fmt: skip
+        """Stores the chunks that are missing, or held at a worse quality."""
+        return _run(
+            self._async.put(
+                token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+                deadline=deadline,
+            )
+        )  # fmt: skip
+
+    def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
+        """Removes a prompt's chunks, or the whole namespace."""
+        return _run(self._async.delete(token_ids, deadline=deadline))
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """One for the process: gRPC's asynchronous core serves several loops badly. A daemon thread, so that a process
+    may end without closing its clients."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="kvstore-client", daemon=True).start()
+    return loop
+
+
+def _run(coroutine: Coroutine[Any, Any, R]) -> R:
+    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        return future.result()
+    except BaseException:  # an interrupt of the waiting thread: the call is not wanted any more
+        future.cancel()
+        raise

@@ -1,0 +1,87 @@
+"""The client's connections: one channel a seed, made when first used; failed calls as typed errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kvstore_client.deadline import Deadline
+from kvstore_client.errors import DeadlineExceeded, KvClientError, ServerFailed, Unavailable, from_status
+from kvstore_cluster.placement import rank
+from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
+
+#: What another node may do better: the caller's mistakes and the lies of a node are not among it.
+_TRY_ELSEWHERE = (Unavailable, DeadlineExceeded, ServerFailed)
+_OPTIONS = [
+    *CHANNEL_OPTIONS,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),  # another client's back-off is not ours
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+@dataclass(frozen=True)
+class Node:
+    """One seed, as the calls see it."""
+
+    address: str
+    stub: FramedStoreStub
+
+
+class Connections:
+    def __init__(self, seeds: Sequence[str]) -> None:
+        self._seeds = tuple(seeds)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._nodes: dict[str, Node] = {}
+
+    @property
+    def seeds(self) -> tuple[str, ...]:
+        return self._seeds
+
+    def node(self, seed: str) -> Node:
+        """Connects in the background; a call meanwhile waits no longer than its own timeout."""
+        if seed not in self._nodes:
+            self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
+            self._nodes[seed] = Node(seed, FramedStoreStub(self._channels[seed]))
+        return self._nodes[seed]
+
+    def ranked(self, key: bytes) -> Iterator[Node]:
+        """The seeds, best for `key` first."""
+        return (self.node(seed) for seed in rank(self._seeds, key))
+
+    async def aclose(self) -> None:
+        channels, self._channels, self._nodes = list(self._channels.values()), {}, {}
+        await asyncio.gather(*(channel.close(None) for channel in channels))
+
+
+def worth_another_node(error: KvClientError) -> bool:
+    return isinstance(error, _TRY_ELSEWHERE)
+
+
+@asynccontextmanager
+async def failures(node: Node, call: Any = None) -> AsyncIterator[None]:
+    """Raises the typed error of a gRPC call that fails inside; `call` is a stream that is being written."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise from_status(error.code(), error.details(), node.address) from None
+    except asyncio.InvalidStateError:  # written to after it ended: its status says why
+        if call is None:
+            raise
+        raise from_status(await call.code(), await call.details(), node.address) from None
+
+
+def timeout_s(deadline: Deadline, attempts: int = 1) -> float:
+    """What one of `attempts` more attempts may take. Raises DeadlineExceeded when nothing is left."""
+    seconds = deadline.share(attempts)
+    if seconds <= 0:
+        raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
+    return seconds

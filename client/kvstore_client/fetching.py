@@ -1,0 +1,182 @@
+"""Fetch: objects come as one ordered stream and are decoded, each into its place, while the next one arrives.
+
+Nothing that a node sends is trusted: lengths are bounded by what its lookup declared (itself bounded by the layout),
+pieces must come in order, and every object's identity, position, quality and checksums are compared before its values
+count. The first object that does not pass ends the prefix.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import kvstore_codec as codec
+from kvstore_client.connection import Node, failures
+from kvstore_client.deadline import Deadline
+from kvstore_client.errors import (
+    DeadlineExceeded,
+    KvClientError,
+    ObjectForeign,
+    ProtocolViolation,
+    from_codec,
+)  # fmt: skip
+from kvstore_client.results import ChunkHit
+from kvstore_codec import KVArray, KVLayout, Quality
+from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
+
+DECODES_MAX = 4  # objects received and not yet decoded
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a fetch asks for: `chunks` of a prompt at `quality`, none of an effective quality under `min_quality`."""
+
+    layout: KVLayout
+    part: int
+    chunks: Sequence[ChunkHit]
+    quality: Quality
+    min_quality: Quality
+
+
+@dataclass
+class Fetched:
+    """How far a fetch came: intact chunks, and what ended it before the last one (None: nothing was wrong)."""
+
+    chunks: int = 0
+    error: KvClientError | None = None
+
+
+async def fetch(
+    node: Node, wanted: Wanted, lease_id: bytes, into: KVArray, executor: Executor, deadline: Deadline,
+    count_received: Callable[[int], None],
+) -> Fetched:  # fmt: skip
+    """Fetches and decodes `wanted.chunks` into `into`, which starts with the first of them. Never raises for what a
+    node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more."""
+    fetched = Fetched()
+    decodes: list[Future[None]] = []
+    try:
+        async with aclosing(_objects(node, wanted, lease_id, deadline, count_received)) as objects:
+            async for blob in objects:
+                chunk = wanted.chunks[len(decodes)]
+                first = chunk.first_token - wanted.chunks[0].first_token
+                place = codec.token_slice(into, first, first + chunk.tokens)
+                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place))
+                await _wait_for_turn(decodes, deadline)
+        await _wait(decodes, deadline.remaining())
+    except KvClientError as error:
+        fetched.error = error
+    finally:
+        await _call_off(decodes)
+    for decode in decodes:
+        if decode.cancelled():
+            fetched.error = fetched.error or DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
+            break
+        problem = decode.exception()
+        if problem is not None:
+            if not isinstance(problem, KvClientError):
+                raise problem
+            fetched.error = problem
+            break
+        fetched.chunks += 1
+    return fetched
+
+
+async def _objects(
+    node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None]
+) -> AsyncGenerator[memoryview, None]:
+    """Whole objects in the order of `wanted.chunks`; ends early where the node has no more."""
+    request = pb.FetchRequest(
+        namespace_id=wanted.layout.namespace_id, chunk_hashes=b"".join(chunk.hash for chunk in wanted.chunks),
+        part=wanted.part, quality=wanted.quality, lease_id=lease_id,
+    )  # fmt: skip
+    call = node.stub.Fetch(request, timeout=deadline.remaining())
+    try:
+        index, buffer, received = 0, bytearray(), 0
+        async with failures(node):
+            async for message in call:
+                received += _check_piece(node, wanted, message, index, received, len(buffer))
+                count_received(len(message.data))
+                if len(message.data) == message.head.object_bytes:
+                    yield memoryview(message.data)  # in one piece: not even copied
+                else:
+                    if not message.head.offset:
+                        buffer = bytearray(message.head.object_bytes)
+                    buffer[message.head.offset : received] = message.data
+                    if received < len(buffer):
+                        continue
+                    yield memoryview(buffer)
+                index, buffer, received = index + 1, bytearray(), 0
+        if received:
+            raise ProtocolViolation("a fetch ended inside an object", node=node.address)
+    finally:
+        call.cancel()
+
+
+def _check_piece(
+    node: Node, wanted: Wanted, message: Framed[pb.FetchResponse], index: int, received: int, object_bytes: int
+) -> int:
+    """Length of a piece that continues object `index` after `received` bytes. Raises ProtocolViolation."""
+    head, size = message.head, len(message.data)
+    if not received:
+        object_bytes = head.object_bytes
+    sane = (
+        index < len(wanted.chunks)
+        and head.chunk_index == index
+        and head.offset == received
+        and 0 < size <= DATA_BYTES_MAX
+        and object_bytes <= wanted.chunks[index].stored_bytes
+        and received + size <= object_bytes
+    )
+    if not sane:
+        raise ProtocolViolation(
+            "a fetch sent a piece out of place", node=node.address, chunk=head.chunk_index, expected=index,
+            offset=head.offset, received=received, bytes=size, object_bytes=object_bytes,
+        )  # fmt: skip
+    return size
+
+
+def _decode(node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place: KVArray) -> None:
+    """Raises BadObject."""
+    try:
+        header = codec.parse_header(blob)
+        effective = max(header.quality_at(len(blob)), header.provenance)
+        if (header.tokens, header.first_position) != (chunk.tokens, chunk.first_token):
+            raise ObjectForeign("the object is of other tokens", node=node.address, first=header.first_position)
+        if effective > wanted.min_quality:
+            raise ObjectForeign("the object is of less quality than was declared", node=node.address, found=effective)
+        codec.decode(blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part)
+    except codec.ObjectError as error:
+        raise from_codec(error, node.address) from error
+
+
+async def _wait_for_turn(decodes: Sequence[Future[None]], deadline: Deadline) -> None:
+    """Until few enough decodes are left that the next object may be received. Raises what a decode found."""
+    while sum(not decode.done() for decode in decodes) >= DECODES_MAX and deadline.remaining() > 0:
+        await _wait(decodes, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
+    if deadline.remaining() <= 0:
+        raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
+    for decode in decodes:
+        if decode.done() and (error := decode.exception()) is not None:
+            raise error
+
+
+async def _wait(decodes: Sequence[Future[None]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
+    """Until the decodes that run now are done (or the first of them), or the time is up."""
+    running = [asyncio.wrap_future(decode) for decode in decodes if not decode.done()]
+    if not running:
+        return
+    done, _ = await asyncio.wait(running, timeout=timeout_s, return_when=return_when)
+    for future in done:
+        future.exception()  # seen: the caller asks the decode itself
+
+
+async def _call_off(decodes: Sequence[Future[None]]) -> None:
+    """Cancels the decodes that have not started and waits for the others, which cannot be stopped."""
+    for decode in decodes:
+        decode.cancel()
+    while not all(decode.done() for decode in decodes):
+        await _wait(decodes, timeout_s=1.0)

@@ -1,0 +1,62 @@
+"""Lookup: which prefix of a chain of chunks a node holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvstore_client.connection import Node, failures
+from kvstore_client.errors import ProtocolViolation
+from kvstore_client.results import ChunkHit, Hit, Lease
+from kvstore_codec import ChunkRef, KVLayout, Quality
+from kvstore_proto.v1 import store_pb2 as pb
+
+LOOKUP_CHUNKS_MAX = 4096  # in one call, as the node limits it
+#: No object is larger than this many times the KV that it holds, and a MiB; a node that says so lies.
+OBJECT_OVERHEAD_FACTOR, OBJECT_OVERHEAD_BYTES = 4, 1 << 20
+_QUALITIES = frozenset(Quality)
+
+
+async def lookup(
+    node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], *, lease_ms: int, timeout_s: float
+) -> Hit:
+    """The longest prefix of `refs` that `node` holds. Raises the typed error of a failed call, ProtocolViolation."""
+    found: list[ChunkHit] = []
+    lease_ids: list[bytes] = []
+    granted_ms = lease_ms
+    for first in range(0, len(refs), LOOKUP_CHUNKS_MAX):
+        asked = refs[first : first + LOOKUP_CHUNKS_MAX]
+        request = pb.LookupRequest(
+            namespace_id=layout.namespace_id, chunk_hashes=b"".join(ref.hash for ref in asked), part=part,
+            lease_ms=lease_ms,
+        )  # fmt: skip
+        async with failures(node):
+            answer = await node.stub.Lookup(request, timeout=timeout_s)
+        if len(answer.chunks) > len(asked):
+            raise ProtocolViolation("a lookup answered more chunks than were asked for", node=node.address)
+        found += [_hit(node, layout, part, ref, status) for ref, status in zip(asked, answer.chunks, strict=False)]
+        if answer.lease_id:
+            lease_ids.append(answer.lease_id)
+            granted_ms = min(granted_ms, answer.lease_ms)
+        if len(answer.chunks) < len(asked):
+            break
+    tokens = found[-1].first_token + found[-1].tokens if found else 0
+    return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms) if lease_ids else None)
+
+
+def _hit(node: Node, layout: KVLayout, part: int, ref: ChunkRef, status: pb.ChunkStatus) -> ChunkHit:
+    raw_bytes = ref.tokens * layout.part_layout(part).bytes_per_token
+    sane = (
+        status.tokens == ref.tokens
+        and {status.quality, status.provenance} <= _QUALITIES
+        and 0 < status.stored_bytes <= raw_bytes * OBJECT_OVERHEAD_FACTOR + OBJECT_OVERHEAD_BYTES
+    )
+    if not sane:
+        raise ProtocolViolation(
+            "a lookup answered an impossible chunk", node=node.address, tokens=status.tokens, expected=ref.tokens,
+            quality=status.quality, provenance=status.provenance, stored_bytes=status.stored_bytes,
+        )  # fmt: skip
+    name = pb.Tier.Name(status.tier) if status.tier in pb.Tier.values() else "unknown"
+    return ChunkHit(
+        ref.hash, ref.first_token, ref.tokens, Quality(status.quality), Quality(status.provenance),
+        status.stored_bytes, name.removeprefix("TIER_").lower(),
+    )  # fmt: skip

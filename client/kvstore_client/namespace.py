@@ -1,0 +1,249 @@
+"""The calls on one namespace: lookup, get, put, delete."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy.typing as npt
+
+import kvstore_codec as codec
+from kvstore_client.connection import Node, failures
+from kvstore_client.deadline import Deadline
+from kvstore_client.errors import InvalidArgument, KvClientError
+from kvstore_client.fetching import Wanted, fetch
+from kvstore_client.lookups import lookup
+from kvstore_client.metrics import ABSENT, QUALITY
+from kvstore_client.putting import Chunk, Source, Stored, batches, put
+from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
+from kvstore_client.session import Session
+from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Quality
+from kvstore_proto.v1 import store_pb2 as pb
+
+TokenIds = Sequence[int] | npt.ArrayLike
+LEASE_MS = 10_000
+#: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
+LEASE_MARGIN_MS = 1_000
+
+
+class AsyncNamespace:
+    """KV of one layout (and part of it), under one set of extras. Made by `AsyncClient.namespace`."""
+
+    def __init__(self, session: Session, layout: KVLayout, *, part: int, extras: Extras | None, tail: bool) -> None:
+        if not 0 <= part < layout.partition.parts:
+            raise InvalidArgument("the layout has no such part", part=part, parts=layout.partition.parts)
+        self.layout, self.part = layout, part
+        self._part_layout = layout.part_layout(part)
+        self._session, self._extras, self._tail = session, extras, tail
+
+    async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
+        """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
+
+        `token_ids`: 1-D integers in [0, 2³²); whole chunks of them are looked up, and the rest with `tail`.
+        """
+        limit = self._session.begin(deadline)
+        refs = self._refs(token_ids)
+        with self._session.timed("lookup"):
+            _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
+        self._count_miss(reason if len(hit.chunks) < len(refs) else None)
+        return hit
+
+    async def get(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
+        out: KVArray | None = None, deadline: float | None = None,
+    ) -> tuple[KVArray, int]:  # fmt: skip
+        """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
+
+        `quality`: read no better than this, which is fewer bytes; None reads all that is stored. `min_quality`: what
+        is worse, by its own coding or because of the prefix that it was computed on, is a miss; for exact KV ask for
+        min_quality="lossless". `out`: an array to decode into, in any form that `codec.encode` takes, with room for
+        some whole chunks; `kv` is a view of its first n tokens, what lies behind them is unspecified. Without it, a
+        new numpy array (or list of (k, v) where layers differ).
+
+        Nothing writes to `out` after this returns or is cancelled.
+        """
+        limit = self._session.begin(deadline)
+        wanted = Quality.RAW if quality is None else Quality.parse(quality)
+        floor = Quality.parse(min_quality)
+        if wanted > floor:
+            raise InvalidArgument(
+                "quality is worse than min_quality: ask for less, or lower min_quality",
+                quality=wanted.label, min_quality=floor.label,
+            )  # fmt: skip
+        refs = self._refs(token_ids)
+        tokens_asked = refs[-1].first_token + refs[-1].tokens if refs else 0
+        if out is not None:
+            room = codec.token_count(out, self._part_layout)
+            refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
+        with self._session.timed("get"):
+            kv, tokens = await self._get(refs, wanted, floor, out, limit)
+        self._session.metrics.tokens_hit.inc(tokens)
+        self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
+        return kv, tokens
+
+    async def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
+        provenance: str | Quality = "raw", first_token: int = 0, deadline: float | None = None,
+    ) -> PutResult:  # fmt: skip
+        """Stores the chunks that are missing, or held at a worse quality.
+
+        `kv`: the prompt's tokens from `first_token` (a multiple of chunk_tokens) to its end, as `codec.encode` takes
+        them. `durable`: answered when they are on disk, synced. `provenance`: the lowest quality of the cached prefix
+        that this KV was computed on ("raw": none, or an exact one).
+
+        Raises LayoutError (shape, dtype), ValuesError (NaN or infinities at a lossy quality), InvalidArgument.
+        """
+        limit = self._session.begin(deadline)
+        source = Source(
+            self.layout, self.part, kv, first_token, codec.storable_quality(self.layout, quality),
+            Quality.parse(provenance), durable,
+        )  # fmt: skip
+        refs = self._refs_from(token_ids, source)
+        with self._session.timed("put"):
+            stored = await self._put(source, refs, limit)
+        return self._put_result(source, stored)
+
+    async def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
+        """Removes a prompt's chunks from every seed, other prompts' that share them included; without `token_ids`
+        the whole namespace, all parts."""
+        limit = self._session.begin(deadline)
+        hashes = [] if token_ids is None else [ref.hash for ref in self._refs(token_ids)]
+        if token_ids is not None and not hashes:
+            return DeleteResult()  # no hash would mean the whole namespace
+        request = pb.DeleteRequest(
+            namespace_id=self.layout.namespace_id, chunk_hashes=b"".join(hashes), part=self.part
+        )  # fmt: skip
+        total = DeleteResult()
+        with self._session.timed("delete"):
+            for seed in self._session.connections.seeds:
+                node = self._session.connections.node(seed)
+                try:
+                    async with failures(node):
+                        answer = await node.stub.Delete(request, timeout=limit.remaining())
+                except KvClientError as error:
+                    self._session.metrics.failures.labels("delete", error.code.value).inc()
+                    self._session.forgive("delete", error)
+                    total = replace(total, reasons=(*total.reasons, f"{seed}: {error}"))
+                else:
+                    total = DeleteResult(total.objects + answer.objects, total.bytes + answer.bytes, total.reasons)
+        return total
+
+    def _refs(self, token_ids: TokenIds) -> list[ChunkRef]:
+        return codec.chunk_refs(
+            self.layout, token_ids, extras=self._extras, tenant_key=self._session.tenant_key, tail=self._tail
+        )
+
+    def _refs_from(self, token_ids: TokenIds, source: Source) -> list[ChunkRef]:
+        """The chunks that `source.kv` covers. Raises InvalidArgument where it does not fit the tokens."""
+        if source.first_token < 0 or source.first_token % self.layout.chunk_tokens:
+            raise InvalidArgument(
+                "first_token must be a multiple of chunk_tokens", first_token=source.first_token,
+                chunk_tokens=self.layout.chunk_tokens,
+            )  # fmt: skip
+        refs = self._refs(token_ids)
+        tokens = len(token_ids)  # type: ignore[arg-type]
+        held = codec.token_count(source.kv, self._part_layout)
+        if held != tokens - source.first_token:
+            raise InvalidArgument(
+                "kv must hold the tokens from first_token on", got=held, expected=tokens - source.first_token
+            )
+        return [ref for ref in refs if ref.first_token >= source.first_token]
+
+    async def _find(
+        self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline
+    ) -> tuple[Node | None, Hit, str]:
+        """(node, hit, why no more); no node where none answered."""
+        if not refs:
+            return None, Hit(), ABSENT
+        try:
+            node, hit = await self._session.attempt(
+                call, self._placement_key(refs), limit,
+                lambda node, timeout_s: lookup(
+                    node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s
+                ),
+            )  # fmt: skip
+        except KvClientError as error:
+            self._session.forgive(call, error)
+            return None, Hit(), error.code.value
+        return node, hit, ABSENT
+
+    async def _get(
+        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline
+    ) -> tuple[KVArray, int]:
+        lease_ms = int(limit.remaining() * 1000) + LEASE_MARGIN_MS
+        node, hit, reason = await self._find("get", refs, lease_ms, limit)
+        chunks = _good_enough(hit.chunks, floor)
+        if len(chunks) < len(hit.chunks):
+            reason = QUALITY
+        tokens = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
+        into = codec.empty(self._part_layout, tokens) if out is None else out
+        if node is None or not chunks:
+            self._count_miss(reason if refs else None)
+            return codec.token_slice(into, 0, 0), 0
+        lease_id = hit.lease.ids[0] if hit.lease is not None else b""
+        fetched = await fetch(
+            node, Wanted(self.layout, self.part, chunks, wanted, floor), lease_id, into, self._session.executor, limit,
+            self._session.metrics.bytes_received.inc,
+        )  # fmt: skip
+        if fetched.error is not None:
+            reason = fetched.error.code.value
+            self._session.metrics.failures.labels("get", reason).inc()
+            self._session.forgive("get", fetched.error)
+        self._count_miss(reason if fetched.chunks < len(refs) else None)
+        tokens = sum(chunk.tokens for chunk in chunks[: fetched.chunks])
+        return codec.token_slice(into, 0, tokens), tokens
+
+    async def _put(self, source: Source, refs: Sequence[ChunkRef], limit: Deadline) -> list[Stored]:
+        """One answer for each chunk; a failure rejects what was not answered before it."""
+        if not refs:
+            return []
+        answered: dict[bytes, Stored] = {}
+        reason = ""
+        try:
+            node, hit = await self._session.attempt(
+                "put", self._placement_key(refs), limit,
+                lambda node, timeout_s: lookup(node, self.layout, self.part, refs, lease_ms=0, timeout_s=timeout_s),
+            )  # fmt: skip
+            held = {chunk.hash: chunk.stored_bytes for chunk in hit.chunks if chunk.quality <= source.quality}
+            chunks = [Chunk(ref, held.get(ref.hash, 0)) for ref in refs]
+            if not source.durable:  # what is held is settled; a durable put asks the node whether it is on disk
+                answered = {c.ref.hash: Stored(c.ref, "have", "", False, c.held_bytes) for c in chunks if c.held_bytes}
+            unsettled = [chunk for chunk in chunks if chunk.ref.hash not in answered]
+            for batch in batches(source, unsettled):
+                done = await put(
+                    node, source, batch, self._session.executor, limit, self._session.metrics.bytes_sent.inc
+                )
+                answered |= {stored.ref.hash: stored for stored in done}
+        except KvClientError as error:
+            self._session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
+            self._session.forgive("put", error)
+            reason = str(error)
+        return [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
+
+    def _put_result(self, source: Source, stored: Sequence[Stored]) -> PutResult:
+        outcomes = [each.outcome for each in stored]
+        kept = next((index for index, outcome in enumerate(outcomes) if outcome == "rejected"), len(outcomes))
+        last = stored[kept - 1].ref if kept else None
+        return PutResult(
+            stored=outcomes.count("stored"),
+            have=outcomes.count("have"),
+            rejected=outcomes.count("rejected"),
+            tokens=last.first_token + last.tokens if last is not None else 0,
+            bytes=sum(each.object_bytes for each in stored if each.outcome == "stored"),
+            durable=bool(stored) and all(each.durable for each in stored),
+            reasons=tuple(dict.fromkeys(each.reason for each in stored if each.outcome == "rejected")),
+        )
+
+    def _placement_key(self, refs: Sequence[ChunkRef]) -> bytes:
+        """Prompts that share their first chunk live together, so that a prefix is on one node."""
+        return self.layout.namespace_id + refs[0].hash
+
+    def _count_miss(self, reason: str | None) -> None:
+        if reason is not None:
+            self._session.metrics.misses.labels(reason).inc()
+
+
+def _good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit]:
+    """The chunks before the first that is of less quality than `floor`."""
+    bad = next((index for index, chunk in enumerate(chunks) if chunk.effective_quality > floor), len(chunks))
+    return chunks[:bad]

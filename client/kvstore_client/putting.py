@@ -1,0 +1,160 @@
+"""Put: encode what a node lacks, offer it, send what it wants, commit."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import grpc.aio
+
+import kvstore_codec as codec
+from kvstore_client.connection import Node, failures, timeout_s
+from kvstore_client.deadline import Deadline
+from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, from_status
+from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
+from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
+
+#: One put stream carries at most this many objects (as the node limits it) and about so much KV (what is encoded at a
+#: time is held in memory on both sides).
+OBJECTS_MAX = 2048
+RAW_BYTES_MAX = 256 << 20
+_VERDICTS = {pb.VERDICT_SEND, pb.VERDICT_HAVE, pb.VERDICT_REFUSED}
+_OUTCOMES = {pb.OUTCOME_STORED, pb.OUTCOME_HAVE, pb.OUTCOME_REJECTED}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The KV of a prompt from token `first_token` on, and how it is to be stored."""
+
+    layout: KVLayout
+    part: int
+    kv: KVArray
+    first_token: int
+    quality: Quality
+    provenance: Quality
+    durable: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`held_bytes`: what the node said it stores of this chunk already, good enough; 0: nothing."""
+
+    ref: ChunkRef
+    held_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A node's answer for one chunk. `outcome`: "stored", "have" or "rejected"; `reason`: one line for the last."""
+
+    ref: ChunkRef
+    outcome: str
+    reason: str
+    durable: bool
+    object_bytes: int
+
+
+def batches(source: Source, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
+    """`chunks` in the order given, cut into what one put stream carries."""
+    raw_bytes = source.layout.chunk_tokens * source.layout.part_layout(source.part).bytes_per_token
+    size = max(1, min(OBJECTS_MAX, RAW_BYTES_MAX // max(1, raw_bytes)))
+    return (chunks[first : first + size] for first in range(0, len(chunks), size))
+
+
+async def put(
+    node: Node, source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline,
+    count_sent: Callable[[int], None],
+) -> list[Stored]:  # fmt: skip
+    """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
+    blobs = await _encode(source, chunks, executor, deadline)
+    call = node.stub.Put(timeout=timeout_s(deadline))
+    try:
+        async with failures(node, call):
+            await call.write(Framed(pb.PutRequest(offer=_offer(source, chunks, blobs))))
+            verdicts = (await _answer(node, call, "verdicts")).verdicts.verdicts
+            _check(node, len(verdicts) == len(chunks) and _VERDICTS.issuperset(verdicts))
+            for index, (blob, verdict) in enumerate(zip(blobs, verdicts, strict=True)):
+                if verdict == pb.VERDICT_SEND and blob is not None:
+                    await _send(call, index, blob, count_sent)
+            await call.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
+            await call.done_writing()
+            results = (await _answer(node, call, "results")).results.results
+            _check(node, len(results) == len(chunks) and _OUTCOMES.issuperset(result.outcome for result in results))
+    finally:
+        call.cancel()
+    return [
+        Stored(
+            chunk.ref, pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower(), result.reason,
+            result.durable, len(blob) if blob is not None else chunk.held_bytes,
+        )
+        for chunk, blob, result in zip(chunks, blobs, results, strict=True)
+    ]  # fmt: skip
+
+
+async def _encode(
+    source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline
+) -> list[bytes | None]:
+    """One object a chunk; None for what the node holds. Raises DeadlineExceeded, with no encoder left running."""
+
+    def encode(ref: ChunkRef) -> bytes:
+        if deadline.remaining() <= 0:
+            raise DeadlineExceeded("the call's deadline passed while encoding", seconds=deadline.seconds)
+        first = ref.first_token - source.first_token
+        return codec.encode(
+            codec.token_slice(source.kv, first, first + ref.tokens), source.layout, quality=source.quality,
+            first_position=ref.first_token, chunk_hash=ref.hash, part=source.part, provenance=source.provenance,
+        )  # fmt: skip
+
+    loop = asyncio.get_running_loop()
+    running = [None if chunk.held_bytes else loop.run_in_executor(executor, encode, chunk.ref) for chunk in chunks]
+    encoded = await asyncio.gather(*(future for future in running if future is not None), return_exceptions=True)
+    for outcome in encoded:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    blobs = iter([outcome for outcome in encoded if isinstance(outcome, bytes)])
+    return [next(blobs) if future is not None else None for future in running]
+
+
+def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None]) -> pb.PutOffer:
+    return pb.PutOffer(
+        namespace_id=source.layout.namespace_id,
+        layout=source.layout.canonical_bytes,
+        part=source.part,
+        durability=pb.DURABILITY_DISK if source.durable else pb.DURABILITY_MEMORY,
+        objects=[
+            pb.ObjectOffer(
+                chunk_hash=chunk.ref.hash,
+                parent_hash=chunk.ref.parent,
+                object_bytes=len(blob) if blob is not None else chunk.held_bytes,
+                quality=source.quality,
+            )
+            for chunk, blob in zip(chunks, blobs, strict=True)
+        ],
+    )
+
+
+async def _send(call: Any, index: int, blob: bytes, count_sent: Callable[[int], None]) -> None:
+    view = memoryview(blob)
+    for offset in range(0, len(blob), DATA_BYTES_MAX):
+        piece = view[offset : offset + DATA_BYTES_MAX]
+        await call.write(Framed(pb.PutRequest(object_index=index, offset=offset), piece))
+        count_sent(len(piece))
+
+
+async def _answer(node: Node, call: Any, kind: str) -> pb.PutResponse:
+    """The node's next message, which must be of this kind. Raises ProtocolViolation or the call's error."""
+    response = await call.read()
+    if response is grpc.aio.EOF:  # type: ignore[attr-defined]
+        raise from_status(await call.code(), await call.details(), node.address)
+    _check(node, response.WhichOneof("kind") == kind)
+    answer: pb.PutResponse = response
+    return answer
+
+
+def _check(node: Node, sane: bool) -> None:
+    if not sane:
+        raise ProtocolViolation("a put was answered out of place", node=node.address)

@@ -1,0 +1,94 @@
+"""What calls answer. A miss is an answer, not an error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvstore_codec import Quality
+
+
+@dataclass(frozen=True)
+class ChunkHit:
+    """One stored chunk of a prompt. `tier`: the fastest that holds it ("host", "disk" …)."""
+
+    hash: bytes
+    first_token: int
+    tokens: int
+    quality: Quality
+    provenance: Quality
+    stored_bytes: int
+    tier: str
+
+    @property
+    def effective_quality(self) -> Quality:
+        """The worse of the quality held and that of the prefix it was computed on."""
+        return max(self.quality, self.provenance)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The node's promise to keep the chunks of a Hit for `duration_ms` from its answer on."""
+
+    ids: tuple[bytes, ...]
+    duration_ms: int
+
+
+@dataclass(frozen=True)
+class Hit:
+    """The longest stored prefix; all zero on a miss. `lease` is None where the node granted none."""
+
+    tokens: int = 0
+    chunks: tuple[ChunkHit, ...] = ()
+    lease: Lease | None = None
+
+
+@dataclass(frozen=True)
+class PutResult:
+    """What became of a put's chunks.
+
+    `stored`, `have`, `rejected`: chunks newly stored, there already at least as good, not stored.
+    `tokens`: length of the prefix that the node now holds. `bytes`: encoded bytes of the stored chunks.
+    `durable`: every chunk is on disk, synced. `reasons`: one line for each distinct cause of a rejection.
+    """
+
+    stored: int = 0
+    have: int = 0
+    rejected: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    durable: bool = False
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeleteResult:
+    """Objects and bytes freed on all seeds. `reasons`: one line for each seed that could not be asked."""
+
+    objects: int = 0
+    bytes: int = 0
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TierStat:
+    tier: str
+    objects: int
+    used_bytes: int
+    capacity_bytes: int
+
+
+@dataclass(frozen=True)
+class NodeStat:
+    """A node's own account. `counters` count since its start."""
+
+    node: str
+    node_id: str
+    version: str
+    uptime_seconds: float
+    objects: int
+    namespaces: int
+    leases: int
+    staged_objects: int
+    staged_bytes: int
+    tiers: tuple[TierStat, ...]
+    counters: dict[str, int]

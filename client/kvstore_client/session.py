@@ -1,0 +1,91 @@
+"""What all calls of a client share: connections, threads, metrics, and the rule for failures.
+
+Not strict (the default), whatever a node does or fails to do is a miss, or a chunk that was not stored: counted in
+`metrics.py` and logged once a reason. Strict, it is the typed error of `errors.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry
+
+from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
+from kvstore_client.deadline import Deadline, checked_seconds
+from kvstore_client.errors import ClientClosed, KvClientError
+from kvstore_client.metrics import OncePerReason, client_metrics
+
+THREADS_MAX = 4  # of the codec, by default
+
+R = TypeVar("R")
+
+
+class Session:
+    def __init__(
+        self, seeds: Sequence[str], *, deadline_s: float, strict: bool, threads: int | None, tenant_key: bytes,
+        registry: CollectorRegistry,
+    ) -> None:  # fmt: skip
+        self.strict, self.tenant_key = strict, tenant_key
+        self.metrics = client_metrics(registry)
+        self.connections = Connections(seeds)
+        self._deadline_s = checked_seconds(deadline_s)
+        self._log = OncePerReason()
+        self._threads = threads or min(THREADS_MAX, os.cpu_count() or 1)
+        self._executor: ThreadPoolExecutor | None = None
+        self._closed = False
+
+    @property
+    def executor(self) -> ThreadPoolExecutor:
+        """Threads that encode and decode; made when first used."""
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(self._threads, "kvstore-client")
+        return self._executor
+
+    def begin(self, deadline_s: float | None) -> Deadline:
+        """The deadline of a call that starts now. Raises ClientClosed, InvalidArgument."""
+        if self._closed:
+            raise ClientClosed("the client is closed")
+        return Deadline(self._deadline_s if deadline_s is None else checked_seconds(deadline_s))
+
+    async def attempt(
+        self, call: str, key: bytes, deadline: Deadline, function: Callable[[Node, float], Awaitable[R]]
+    ) -> tuple[Node, R]:
+        """`function(node, timeout in seconds)` at the best node for `key`, or at the next where it does not answer.
+
+        Raises the last error."""
+        nodes = list(self.connections.ranked(key))
+        for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+            try:
+                return node, await function(node, timeout_s(deadline, left))
+            except KvClientError as error:
+                self.metrics.failures.labels(call, error.code.value).inc()
+                if left == 1 or not worth_another_node(error):
+                    raise
+        raise AssertionError("a target has at least one seed")
+
+    def forgive(self, call: str, error: KvClientError) -> None:
+        """Logs what a call failed by, or raises it where the client is strict."""
+        if self.strict:
+            raise error
+        self._log.warn(call, error.code.value, str(error))
+
+    @contextmanager
+    def timed(self, call: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.metrics.seconds.labels(call).observe(time.perf_counter() - began)
+
+    async def aclose(self) -> None:
+        """Idempotent."""
+        self._closed = True
+        await self.connections.aclose()
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
