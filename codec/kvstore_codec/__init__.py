@@ -1,6 +1,6 @@
 """What stored KV bytes mean: layout, identity, object format, and the codec between arrays and objects."""
 
-from kvstore_codec.api import check_header, decode, encode
+from kvstore_codec.api import check_header, decode, encode, storable_quality
 from kvstore_codec.arrays import KVArray, empty, token_count, token_slice
 from kvstore_codec.container import (
     HEADER_BYTES,
@@ -76,6 +76,7 @@ __all__ = [
     "inspect",
     "namespace_id_of",
     "parse_header",
+    "storable_quality",
     "token_count",
     "token_slice",
     "truncate",

@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 admin_app = typer.Typer(help="Look at and operate a running node.")
 app.add_typer(admin_app, name="admin")
+bench_app = typer.Typer(help="Measure kvstore on this machine.")
+app.add_typer(bench_app, name="bench")
 
 Target = Annotated[str, typer.Option("--target", envvar="KVSTORE_TARGET", help="Node to ask: host:port or unix:/path.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -111,6 +113,22 @@ def serve(
     serve_node(config, flags)
 
 
+@app.command()
+def demo(
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Where the model is kept between runs (default: ~/.cache/kvstore).")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Also write everything measured to this file, as JSON.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Prefill a real model in one process, decode in another, kill the node, go on; exit code 1 if anything is lost."""
+    from kvstore.cli.demo import demo as run_demo
+
+    raise typer.Exit(run_demo(cache or Path("~/.cache/kvstore/models").expanduser(), out, json))
+
+
 @admin_app.command()
 def stat(target: Target = TARGET, json: Json = False, deadline: Deadline = DEADLINE_S) -> None:
     """Show what a node holds and has done since it started."""
@@ -175,3 +193,31 @@ def evict(
     from kvstore.cli import admin
 
     admin.evict(target, deadline, json, hashes or [], tier, size, everything)
+
+
+@bench_app.callback()
+def bench() -> None:  # with a callback, a lone command keeps its name
+    pass
+
+
+@bench_app.command("codec")
+def codec(
+    kv: Annotated[
+        Path | None,
+        typer.Option("--kv", help="Real KV (.npy): bfloat16's bits as uint16, axes layers, 2, tokens, heads, dims."),
+    ] = None,
+    chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=16, max=2048, help="Tokens an object.")] = 256,
+    quality: Annotated[list[str] | None, typer.Option("--quality", help="May be repeated (default: all).")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the codec.")] = 1,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each is measured.")] = 7,
+    rope_theta: Annotated[
+        float, typer.Option("--rope-theta", min=0, help="The model's; 0: keys are coded as they are.")
+    ] = 100_000.0,
+    json: Json = False,
+) -> None:
+    """Measure encode and decode against memcpy, zstd and lz4; exit code 1 if a round trip is wrong."""
+    from kvstore.cli import bench_codec
+
+    qualities = tuple(quality or bench_codec.QUALITIES)
+    options = bench_codec.Options(chunk_tokens, qualities, threads, rounds, rope_theta or None)
+    bench_codec.bench_codec(kv, options, json)

@@ -24,6 +24,11 @@ from kvstore_codec import ObjectHeader
 PENDING_BYTES_MAX = 256 << 20  # queued writes; beyond it a put waits
 
 R = TypeVar("R")
+MayGo = Callable[[Entry], bool]
+
+
+def anything(_: Entry) -> bool:
+    return True
 
 
 @dataclass(eq=False)
@@ -45,6 +50,7 @@ class DiskQueue:
         self._tasks: set[asyncio.Task[None]] = set()
         self._planned_bytes = disk.used_bytes
         self._pending_bytes = 0
+        self._refused = False  # the disk has not always done what was planned
 
     @property
     def planned_bytes(self) -> int:
@@ -101,11 +107,11 @@ class DiskQueue:
             self._planned_bytes -= write.replaces
         self._start(self._run_delete(key))
 
-    def room_for(self, length: int, on_evict: Callable[[Entry], None]) -> bool:
+    def room_for(self, length: int, may_go: MayGo, on_evict: Callable[[Entry], None]) -> bool:
         """Makes room for an object by evicting leaves; False where none may go."""
         cost = self._disk.cost_bytes(length)
         while self._planned_bytes + cost > self._disk.capacity_bytes:
-            entry = self._index.victim("disk") if cost <= self._disk.capacity_bytes else None
+            entry = self._index.victim("disk", may_go) if cost <= self._disk.capacity_bytes else None
             if entry is None:
                 return False
             self.evict(entry)
@@ -135,9 +141,14 @@ class DiskQueue:
             await self.run(lambda: self._disk.put(key, write.parent, data))
             stored = True
         except (TierFull, TierFailed) as error:
+            self._refused = True
             self._metrics.tier_failures.labels("disk", "write").inc()
             self._metrics.warn_once(f"disk write {error.code}", "%s; objects stay in memory", error)
-        self._pending_bytes -= len(data)
+        finally:  # whatever happened, those who wait are told
+            self._ran_put(key, write, len(data), stored=stored)
+
+    def _ran_put(self, key: ObjectKey, write: Write, length: int, *, stored: bool) -> None:
+        self._pending_bytes -= length
         wanted = self._writes.get(key) is write
         if wanted:
             del self._writes[key]
@@ -155,10 +166,16 @@ class DiskQueue:
         try:
             await self.run(lambda: self._disk.delete(key))
         except TierFailed as error:
+            self._refused = True
             self._metrics.tier_failures.labels("disk", "delete").inc()
             self._metrics.warn_once("disk delete", "%s; the file stays until it can be removed", error)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if self._refused and not self._tasks:  # a file that could not be removed takes room, until it is written over
+            self._planned_bytes = self._disk.used_bytes

@@ -7,12 +7,13 @@ back. An object is written to memory and, behind it, to disk; what is on its way
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
 import kvstore_codec as codec
-from kvstore.engine.disk_queue import DiskQueue
+from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
 from kvstore.errors import TierFailed
 from kvstore.index.entry import Entry, ObjectKey
 from kvstore.index.index import Index
@@ -68,9 +69,10 @@ class Holdings:
     async def read_checked(self, entry: Entry, tier: str, length: int) -> memoryview | None:
         """The same from one tier, every checksum compared; None where it is not there or cannot be read.
 
-        Raises codec.ObjectError for a damaged object, which is then dropped from the tier."""
+        Raises codec.ObjectError for an object that is damaged or lost, which is then dropped from the tier."""
         held = self.host if tier == "host" else self.disk
         assert held is not None, "the index names a tier that this node has not"
+        tiers = entry.tiers  # a new tuple whenever the object moves: the same one means that it did not
         try:
             return await self.in_thread(lambda: _read_verified(held, entry.key, length))
         except TierFailed as error:
@@ -78,12 +80,12 @@ class Holdings:
             self._metrics.warn_once(f"{tier} read {error.code}", "%s; a miss", error)
             return None
         except codec.ObjectError as error:
-            if self.index.get(entry.key) is not entry or tier not in entry.tiers:
-                return None  # replaced or dropped while it was read
+            if self.index.get(entry.key) is not entry or entry.tiers is not tiers:
+                return None  # replaced, dropped or moved while it was read
             self._metrics.integrity_failures.labels(tier, error.code.value).inc()
             self._metrics.warn_once(
                 f"{tier} damage",
-                "%s tier: chunk %s is damaged and dropped: %s",
+                "%s tier: chunk %s is damaged or lost, and dropped: %s",
                 tier,
                 entry.key.chunk_hash.hex(),
                 error,
@@ -91,28 +93,35 @@ class Holdings:
             self.drop(entry, tier)
             raise
 
-    def room_in_host(self, length: int) -> bool:
-        """Makes room for an object by evicting; False where nothing (more) may go."""
+    def room_in_host(
+        self, key: ObjectKey, length: int, may_go: MayGo = anything, *, used_before: float = math.inf
+    ) -> bool:
+        """Makes room for an object, which replaces what is held under its key, by evicting what `may_go` and was last
+        used before the tick `used_before`; False where nothing (more) may go."""
+        held = self.index.get(key)
+        room = self.host.capacity_bytes + (held.length if held is not None and "host" in held.tiers else 0)
         if length > self.host.capacity_bytes:
             return False
-        while self.host.used_bytes + length > self.host.capacity_bytes:
-            entry = self.victim("host")
-            if entry is None:
+        while self.host.used_bytes + length > room:
+            entry = self.victim("host", may_go)
+            if entry is None or entry.key == key or entry.last_use >= used_before:
                 return False
             self.evict(entry, "host", "capacity")
         return True
 
-    def room_on_disk(self, length: int) -> bool:
+    def room_on_disk(self, length: int, may_go: MayGo = anything) -> bool:
         """The same for the disk."""
         self.leases.expire(self._clock())
         return self.queue is not None and self.queue.room_for(
-            length, lambda _: self._metrics.evictions.labels("disk", "capacity").inc()
+            length, may_go, lambda _: self._metrics.evictions.labels("disk", "capacity").inc()
         )
 
-    def victim(self, tier: str) -> Entry | None:
+    def victim(self, tier: str, may_go: MayGo = anything) -> Entry | None:
         """What goes next from a tier."""
         self.leases.expire(self._clock())
-        return self.index.victim(tier, lambda entry: tier != "host" or not self._is_writing(entry.key))
+        return self.index.victim(
+            tier, lambda entry: may_go(entry) and (tier != "host" or not self._is_writing(entry.key))
+        )
 
     def may_evict(self, entry: Entry, tier: str) -> bool:
         """Whether it may go, in whatever order."""
@@ -140,13 +149,14 @@ class Holdings:
             self.drop(entry, tier)
 
     def place(
-        self, key: ObjectKey, parent: bytes, header: ObjectHeader, data: Bytes, *, in_host: bool
+        self, key: ObjectKey, parent: bytes, header: ObjectHeader, data: Bytes, may_go: MayGo, *, in_host: bool
     ) -> asyncio.Future[bool] | None:
         """Stores an object in memory (`in_host`: there is room) and queues its write to disk.
 
         A worse version makes way. The result tells when and whether it is on disk; None where there is no disk or
         no room on it. Nothing of this key is being written."""
-        to_disk = self.room_on_disk(len(data))
+        # On disk a replacement stands beside what it replaces for a moment: that may go first.
+        to_disk = self.room_on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
         worse = self.index.get(key)
         on_disk = worse.length if worse is not None and "disk" in worse.tiers else 0
         if worse is not None and (in_host or to_disk):
@@ -160,7 +170,7 @@ class Holdings:
             self.index.add(key, parent, header, "host", self._clock())
         return self.queue.put(key, parent, header, data, on_disk) if to_disk and self.queue is not None else None
 
-    def persist(self, entry: Entry) -> asyncio.Future[bool] | None:
+    def persist(self, entry: Entry, may_go: MayGo) -> asyncio.Future[bool] | None:
         """Queues the write of an object that memory alone holds; None where that cannot be."""
         if self.queue is None:
             return None
@@ -168,7 +178,7 @@ class Holdings:
         if pending is not None:
             return pending
         data = self.host.read(entry.key, entry.length)
-        if data is None or not self.room_on_disk(entry.length):
+        if data is None or not self.room_on_disk(entry.length, may_go):
             return None
         return self.queue.put(entry.key, entry.parent, entry.header, data, 0)
 
@@ -191,7 +201,8 @@ class Holdings:
 
     def _promote(self, entry: Entry, data: memoryview) -> None:
         current = self.index.get(entry.key) is entry and "host" not in entry.tiers
-        if current and self.room_in_host(entry.length):
+        # Not in the place of what is more wanted: reading a prompt that memory cannot hold would push out its start.
+        if current and self.room_in_host(entry.key, entry.length, used_before=entry.last_use):
             self.host.put(entry.key, entry.parent, data)
             self.index.add(entry.key, entry.parent, entry.header, "host", self._clock())
 
@@ -206,10 +217,12 @@ class Holdings:
             self._metrics.evictions.labels("disk", "capacity").inc()
 
 
-def _read_verified(tier: Tier, key: ObjectKey, length: int) -> memoryview | None:
+def _read_verified(tier: Tier, key: ObjectKey, length: int) -> memoryview:
     data = tier.read(key, length)
     if data is None:
-        return None
+        raise codec.DamagedObject(
+            "the object is gone or cut short", code=codec.ErrorCode.TRUNCATED, expected_bytes=length
+        )
     header = codec.verify(data).header
     if ObjectKey(header.namespace_id, header.chunk_hash, header.part) != key:
         raise codec.ForeignObject("another object is stored under this key", found=header.chunk_hash.hex()[:16])

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from kvstore.errors import InvalidRequest
-from kvstore_codec import KVLayout, LayoutError, namespace_id_of
+from kvstore_codec import KVLayout, namespace_id_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Namespaces:
             raise InvalidRequest("this node holds no more namespaces: purge one first", limit=NAMESPACES_MAX)
         try:
             return KVLayout.from_canonical_bytes(layout_bytes)
-        except LayoutError as error:
+        except ValueError as error:  # LayoutError, and what the JSON parser makes of absurd numbers
             raise InvalidRequest(f"bad layout: {error}") from None
 
     def remember(self, layout: KVLayout) -> bool:
@@ -64,10 +64,22 @@ class Namespaces:
             os.fsync(file.fileno())
         temporary.rename(path)
 
+    def forget(self, namespace_id: bytes) -> bool:
+        """Whether it was known here, and so is to be `erase`d."""
+        return self._layouts.pop(namespace_id, None) is not None
+
+    def erase(self, namespace_id: bytes) -> None:
+        """Removes what `save` wrote (blocking). Raises OSError."""
+        if self._directory is not None:
+            (self._directory / f"{namespace_id.hex()}.json").unlink(missing_ok=True)
+
     def _load(self, path: Path) -> None:
+        if not path.is_file():
+            log.warning("ignored %s: not a file", path)
+            return
         try:
             layout = KVLayout.from_canonical_bytes(path.read_bytes())
-        except LayoutError:
+        except ValueError:  # LayoutError, and what the JSON parser makes of absurd numbers
             layout = None
         if layout is None or path.name != f"{layout.namespace_id.hex()}.json":
             log.warning("removed %s: not a layout", path)

@@ -116,7 +116,8 @@ class Node:
         return stage
 
     async def commit(self, stage: Stage, *, durable: bool) -> list[Result]:
-        """Checks and stores what arrived, one result an offer. An object is visible from its own result on.
+        """Checks and stores what arrived, one result an offer, and frees the stage. An object is visible as soon as
+        it is stored, also where the commit is cancelled later.
 
         `durable`: results say so only for objects that are on disk, synced."""
         results = await commit(stage, self._holdings, self._metrics, self._remember, durable=durable)
@@ -138,6 +139,8 @@ class Node:
             doomed = [entry for entry in map(index.get, keys) if entry is not None]
         for entry in doomed:
             self._holdings.delete(entry)
+        if hashes is None:
+            self._forget(namespace_id)
         await self._holdings.wait_for_writes()
         return len(doomed), sum(entry.length for entry in doomed)
 
@@ -148,6 +151,7 @@ class Node:
 
         Raises InvalidRequest for a token that is none."""
         after = _key_of_token(page_token) if page_token else None
+        self._holdings.leases.expire(self._clock())
         chosen = (
             entry
             for entry in self._holdings.index
@@ -221,6 +225,17 @@ class Node:
         """Keeps a layout; on disk in order before the objects that follow."""
         if self._namespaces.remember(layout) and self._holdings.queue is not None:
             self._holdings.queue.start(lambda: self._save(layout))
+
+    def _forget(self, namespace_id: bytes) -> None:
+        if self._namespaces.forget(namespace_id) and self._holdings.queue is not None:
+            self._holdings.queue.start(lambda: self._erase(namespace_id))
+
+    def _erase(self, namespace_id: bytes) -> None:
+        try:
+            self._namespaces.erase(namespace_id)
+        except OSError as error:
+            self._metrics.tier_failures.labels("disk", "namespace").inc()
+            self._metrics.warn_once("namespace erase", "a layout cannot be removed: %s; it stays known", error)
 
     def _save(self, layout: KVLayout) -> None:
         try:

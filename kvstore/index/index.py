@@ -5,6 +5,9 @@ Pure bookkeeping: no bytes, no I/O, no clock of its own. One thread uses it (the
 Eviction is leaf-first: an object is a victim in a tier only while no child of it is held there, because a chunk
 without its prefix is dead weight. Among leaves the least recently used goes first; using a chunk uses its whole
 prefix, so a parent is never older than its child. Leased objects are never victims.
+
+Who a chunk's parent is, its writer says. It counts as a child only of an object that ends where it begins, so no
+claim, however wrong, makes a circle in which nothing is a leaf.
 """
 
 from __future__ import annotations
@@ -23,8 +26,8 @@ class Index:
         self._is_leased = is_leased
         self._entries: dict[ObjectKey, Entry] = {}
         self._tick = 0
-        # Children held in a tier, by parent; the parent itself need not be stored.
-        self._children: dict[tuple[str, ObjectKey], int] = {}
+        # Children held in a tier, by parent and the position they begin at; the parent itself need not be stored.
+        self._children: dict[tuple[str, ObjectKey, int], int] = {}
         # Per tier (last use, key) of objects that were leaves when pushed; stale pairs are skipped when popped.
         self._queues: dict[str, list[tuple[int, ObjectKey]]] = {tier: [] for tier in tiers}
 
@@ -64,7 +67,7 @@ class Index:
             self._entries[key] = entry
         if tier not in entry.tiers:
             entry.tiers = tuple(name for name in self._tiers if name == tier or name in entry.tiers)
-            above = (tier, entry.parent_key)
+            above = (tier, entry.parent_key, entry.header.first_position)
             self._children[above] = self._children.get(above, 0) + 1
             self._queue_if_leaf(entry, tier)
         return entry
@@ -74,7 +77,7 @@ class Index:
         if tier not in entry.tiers:
             return
         entry.tiers = tuple(name for name in entry.tiers if name != tier)
-        above = (tier, entry.parent_key)
+        above = (tier, entry.parent_key, entry.header.first_position)
         self._children[above] -= 1
         if not self._children[above]:
             del self._children[above]
@@ -83,9 +86,10 @@ class Index:
                 self._queue_if_leaf(parent, tier)
         if not entry.tiers:
             del self._entries[entry.key]
+        self._shorten(tier)
 
     def is_leaf(self, entry: Entry, tier: str) -> bool:
-        return (tier, entry.key) not in self._children
+        return (tier, entry.key, _end_position(entry)) not in self._children
 
     def victim(self, tier: str, may_go: Callable[[Entry], bool] = lambda _: True) -> Entry | None:
         """The object that goes next from `tier`, or None if none may go. It stays until dropped."""
@@ -108,12 +112,20 @@ class Index:
     def _queue_if_leaf(self, entry: Entry, tier: str) -> None:
         if tier not in entry.tiers or not self.is_leaf(entry, tier):
             return
+        heapq.heappush(self._queues[tier], (entry.last_use, entry.key))
+        self._shorten(tier)
+
+    def _shorten(self, tier: str) -> None:
+        """Starts a queue afresh that is mostly stale pairs."""
         queue = self._queues[tier]
-        heapq.heappush(queue, (entry.last_use, entry.key))
-        if len(queue) > 64 + 4 * len(self._entries):  # mostly stale pairs: start afresh
+        if len(queue) > 64 + 4 * len(self._entries):
             queue[:] = [
                 (each.last_use, each.key)
                 for each in self._entries.values()
                 if tier in each.tiers and self.is_leaf(each, tier)
             ]
             heapq.heapify(queue)
+
+
+def _end_position(entry: Entry) -> int:
+    return entry.header.first_position + entry.header.tokens

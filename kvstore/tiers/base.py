@@ -42,7 +42,8 @@ class Tier(Protocol):
     def put(self, key: ObjectKey, parent: bytes, data: Bytes) -> None:
         """Stores or replaces; when it returns, the object survives what the tier survives.
 
-        Raises TierFull (no room: the engine makes it first) or TierFailed (the medium refused)."""
+        Raises TierFull (no room: the engine makes it first; nothing has changed) or TierFailed (the medium refused:
+        under `key` there is what was there before, or nothing)."""
 
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
         """The first `length` bytes of the object, or None where it is not (all) there."""

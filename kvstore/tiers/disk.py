@@ -6,7 +6,8 @@
     ROOT/namespaces/ID.json       layouts (engine/namespaces.py)
 
 A file becomes an object by `rename` after `fsync`, then its directory is synced: a process killed, or a machine
-losing power, at any instant leaves the object whole or absent. Opening ROOT removes whatever is not an object.
+losing power, at any instant leaves the object whole or absent. Opening ROOT removes whatever is not an object, so a
+directory that holds folders of these names but no lock is refused.
 The trailer carries what the object's own bytes do not say, and a checksum over itself:
 
     magic "KVCTAIL1" (8) · object bytes u64 · parent hash (32) · 0 u64 · XXH3-64 of the 56 bytes before
@@ -14,6 +15,7 @@ The trailer carries what the object's own bytes do not say, and a checksum over 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -48,15 +50,16 @@ class DiskTier:
         self._sizes: dict[ObjectKey, int] = {}
         self._used_bytes = 0
         self._serial = 0
+        self._unrecorded_uses = 0
         try:
             root.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(root, self._objects_dir, self._tmp_dir)
             self._lock = _lock(root / "lock")
-            shutil.rmtree(self._tmp_dir, ignore_errors=True)
-            self._tmp_dir.mkdir()
-            for prefix in range(256):
-                (self._objects_dir / f"{prefix:02x}").mkdir(parents=True, exist_ok=True)
-            for directory in (self._objects_dir, root):
-                _sync_directory(directory)
+            try:
+                self._prepare(root)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise DiskUnusable(f"disk_path {root} cannot be used: {error.strerror}") from error
 
@@ -84,17 +87,24 @@ class DiskTier:
                 _write_all(file.fileno(), [data, _trailer(len(data), parent)])
                 os.fsync(file.fileno())
             temporary.rename(path)
-            _sync_directory(path.parent)
+            self._used_bytes += cost - self._sizes.get(key, 0)
+            self._sizes[key] = cost
+            try:
+                _sync_directory(path.parent)
+            except OSError:
+                self.delete(key)  # it may not outlive a loss of power: better none than one that is not durable
+                raise
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the first error is the one to report; the next start empties tmp
+                temporary.unlink(missing_ok=True)
             raise TierFailed(f"disk tier cannot write: {error.strerror}", errno=error.errno) from error
-        self._used_bytes += cost - self._sizes.get(key, 0)
-        self._sizes[key] = cost
 
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
         """Raises TierFailed where the medium cannot be read."""
         try:
             with self._path(key).open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size - _TRAILER.size < length:
+                    return None
                 data = bytearray(length)
                 view, at = memoryview(data), 0
                 while at < length:
@@ -102,7 +112,7 @@ class DiskTier:
                     if not count:
                         return None
                     at += count
-                os.utime(file.fileno())  # the order of use outlives the process
+                self._record_use(file.fileno())
                 return view
         except FileNotFoundError:
             return None
@@ -113,12 +123,13 @@ class DiskTier:
         """Raises TierFailed where the medium refuses."""
         try:
             self._path(key).unlink()
+            found = True
         except FileNotFoundError:
-            return False
+            found = False
         except OSError as error:
             raise TierFailed(f"disk tier cannot delete: {error.strerror}", errno=error.errno) from error
         self._used_bytes -= self._sizes.pop(key, 0)
-        return True
+        return found
 
     def scan(self) -> Iterator[StoredObject]:
         """Counts what is there and removes what is no object. Raises TierFailed."""
@@ -126,7 +137,7 @@ class DiskTier:
         removed = 0
         try:
             for directory in self._objects_dir.iterdir():
-                for path in directory.iterdir() if directory.is_dir() else ():
+                for path in directory.iterdir():
                     stored = _read_stored(path)
                     if stored is None or path != self._path(stored.key):
                         _remove(path)
@@ -144,6 +155,29 @@ class DiskTier:
 
     def close(self) -> None:
         os.close(self._lock)
+
+    def _prepare(self, root: Path) -> None:
+        shutil.rmtree(self._tmp_dir, ignore_errors=True)
+        self._tmp_dir.mkdir()
+        self._objects_dir.mkdir(exist_ok=True)
+        names = {f"{prefix:02x}" for prefix in range(256)}
+        for path in self._objects_dir.iterdir():
+            if path.name not in names or path.is_symlink() or not path.is_dir():
+                log.warning("removed %s: not a folder of objects", path)
+                _remove(path)
+        for name in names:
+            (self._objects_dir / name).mkdir(exist_ok=True)
+        for directory in (self._objects_dir, root):
+            _sync_directory(directory)
+
+    def _record_use(self, descriptor: int) -> None:
+        """The order of use outlives the process, where the file system lets it."""
+        try:
+            os.utime(descriptor)
+        except OSError as error:
+            if not self._unrecorded_uses:
+                log.warning("uses of objects cannot be recorded: %s; after a restart others go first", error.strerror)
+            self._unrecorded_uses += 1
 
     def _path(self, key: ObjectKey) -> Path:
         name = f"{key.chunk_hash.hex()}-{key.part}-{key.namespace_id.hex()}{_SUFFIX}"
@@ -202,6 +236,16 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refuse_foreign(root: Path, *folders: Path) -> None:
+    """What a node finds in its folders it removes: they must not be somebody else's."""
+    for folder in folders:
+        if folder.exists() and not (root / "lock").exists():
+            raise DiskUnusable(
+                f"disk_path {root} has a folder {folder.name} but no file lock, so no node made it: choose an empty "
+                "directory, or create the file if this one was a node's"
+            )
 
 
 def _lock(path: Path) -> int:

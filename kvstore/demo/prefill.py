@@ -1,0 +1,50 @@
+"""The prefill worker: runs the model over the prompt and puts its KV at every quality."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvstore.demo import prompt
+from kvstore.demo.model import load
+from kvstore.demo.worker import progress, serve
+from kvstore_client import Client
+from kvstore_client.integrations.transformers import kv_from_cache, layout_for
+
+PUT_DEADLINE_S = 60.0
+
+
+def start(target: str, cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]]:
+    model, tokenizer = load(cache)
+    tokens = prompt.prompt_tokens(tokenizer)
+    layout = layout_for(model, chunk_tokens=prompt.CHUNK_TOKENS)
+
+    def put() -> dict[str, Any]:
+        began = time.perf_counter()
+        past = model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1).past_key_values
+        prefill_s = time.perf_counter() - began
+        progress(f"prefill: {len(tokens)} tokens computed in {prefill_s:.2f} s")
+        kv = kv_from_cache(past, layout)
+        puts = {}
+        with Client(target, deadline=PUT_DEADLINE_S, strict=True) as client:
+            for stored in prompt.READ_FROM:
+                began = time.perf_counter()
+                done = client.namespace(layout, extras=prompt.salt(stored)).put(
+                    tokens, kv, quality=stored, durable=True
+                )
+                seconds = time.perf_counter() - began
+                progress(f"prefill: put {done.tokens} tokens as {stored}, {done.bytes / 1e6:.2f} MB, {seconds:.2f} s")
+                puts[stored] = {
+                    "tokens": done.tokens, "bytes": done.bytes, "durable": done.durable, "seconds": seconds,
+                }  # fmt: skip
+        return {"prompt_tokens": len(tokens), "prefill_seconds": prefill_s, "puts": puts}
+
+    return {"put": put}
+
+
+if __name__ == "__main__":
+    serve(start)

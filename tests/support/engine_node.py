@@ -1,0 +1,118 @@
+"""A node's engine without its network: put and read as the service does, on a clock that the test moves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import kv_objects as kv
+
+import kvstore_codec as codec
+from kvstore.config import NodeConfig
+from kvstore.engine.model import Offer, Result
+from kvstore.engine.node import Node
+from kvstore.engine.stage import Stage
+from kvstore.index.entry import ObjectKey
+
+LAYOUT = kv.small_layout()
+ROOMY = 64 << 20
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def config(folder: Path | None, *, host: int = ROOMY, disk: int = ROOMY, lease_ms_max: int = 60_000) -> NodeConfig:
+    """`folder` None: no disk."""
+    path = None if folder is None else folder / "disk"
+    return NodeConfig(host_capacity=host, disk_path=path, disk_capacity=disk, lease_ms_max=lease_ms_max)
+
+
+@asynccontextmanager
+async def opened(settings: NodeConfig, clock: FakeClock | None = None) -> AsyncIterator[Node]:
+    """A node; at the end, its books are compared with what is there."""
+    node = await Node.open(settings, clock=clock or FakeClock())
+    try:
+        yield node
+        await check_books(node, settings)
+    finally:
+        await node.aclose()
+
+
+async def check_books(node: Node, settings: NodeConfig) -> None:
+    """When nothing is under way: index, tiers, plans, files and reservations all say the same."""
+    holdings = node._holdings
+    if holdings.queue is not None:
+        await holdings.queue.flush()
+    for tier in holdings.tiers:
+        held = [entry for entry in holdings.index if tier.name in entry.tiers]
+        assert tier.objects == len(held)
+        assert tier.used_bytes == sum(tier.cost_bytes(entry.length) for entry in held) <= tier.capacity_bytes
+    assert all(entry.tiers for entry in holdings.index)
+    stat = node.stat()
+    assert (stat.staged_objects, stat.staged_bytes) == (0, 0)
+    if holdings.queue is not None and holdings.disk is not None and settings.disk_path is not None:
+        assert holdings.queue.planned_bytes == holdings.disk.used_bytes
+        assert (holdings.queue._pending_bytes, holdings.queue._writes) == (0, {})
+        files = [path.stat() for path in settings.disk_path.glob("objects/*/*")]
+        assert len(files) == holdings.disk.objects
+        assert sum(holdings.disk.cost_bytes(each.st_size - 64) for each in files) == holdings.disk.used_bytes
+        assert list((settings.disk_path / "tmp").iterdir()) == []
+
+
+def key_of(chunk: kv.StoredChunk, layout: codec.KVLayout = LAYOUT) -> ObjectKey:
+    return ObjectKey(layout.namespace_id, chunk.hash, 0)
+
+
+def offer(node: Node, chunks: Sequence[kv.StoredChunk], layout: codec.KVLayout = LAYOUT) -> Stage:
+    offers = [Offer(chunk.hash, chunk.ref.parent, len(chunk.blob), chunk.quality) for chunk in chunks]
+    return node.offer(layout.namespace_id, layout.canonical_bytes, 0, offers)
+
+
+def filled(node: Node, chunks: Sequence[kv.StoredChunk], layout: codec.KVLayout = LAYOUT) -> Stage:
+    """A stage with all that the node asked for."""
+    stage = offer(node, chunks, layout)
+    for index, (verdict, chunk) in enumerate(zip(stage.verdicts, chunks, strict=True)):
+        if verdict == "send":
+            stage.write(index, 0, chunk.blob)
+    return stage
+
+
+async def put(
+    node: Node, chunks: Sequence[kv.StoredChunk], layout: codec.KVLayout = LAYOUT, *, durable: bool = False
+) -> list[Result]:
+    return await node.commit(filled(node, chunks, layout), durable=durable)
+
+
+async def read(
+    node: Node, chunk: kv.StoredChunk, layout: codec.KVLayout = LAYOUT, quality: codec.Quality = codec.Quality.RAW
+) -> bytes | None:
+    data = await node.read(key_of(chunk, layout), quality)
+    return None if data is None else bytes(data)
+
+
+def found(node: Node, chunks: Sequence[kv.StoredChunk], *, lease_ms: int = 0) -> list[str]:
+    """The tier of each chunk of the stored prefix."""
+    hit = node.lookup(LAYOUT.namespace_id, [chunk.hash for chunk in chunks], 0, lease_ms)
+    return [chunk.tier for chunk in hit.chunks]
+
+
+def tiers_of(node: Node, chunk: kv.StoredChunk) -> tuple[str, ...]:
+    """Where a chunk is held, without using it."""
+    entry = node._holdings.index.get(key_of(chunk))
+    return () if entry is None else entry.tiers
+
+
+def file_of(settings: NodeConfig, chunk: kv.StoredChunk) -> Path:
+    assert settings.disk_path is not None
+    (path,) = settings.disk_path.glob(f"objects/*/{chunk.hash.hex()}-*")
+    return path
+
+
+def outcomes(results: Sequence[Result]) -> list[str]:
+    return [result.outcome for result in results]
