@@ -130,9 +130,7 @@ def check_reads_exactly(node: NodeProcess, ledger: Ledger, hashes: list[bytes]) 
 def check_nothing_left_over(folder: Path, entries: list[pb.ObjectEntry]) -> None:
     """One file for each object that is listed, and no other byte but the lock's and the layout's."""
     names = sorted(path.name for path in folder.glob("objects/*/*"))
-    assert names == sorted(
-        f"{entry.chunk_hash.hex()}-{entry.part}-{entry.namespace_id.hex()}.kvc" for entry in entries
-    )
+    assert names == sorted(f"{entry.chunk_hash.hex()}-{entry.part}-{entry.namespace_id.hex()}.kvc" for entry in entries)
     others = {path for path in folder.rglob("*") if path.is_file() and path.suffix != ".kvc"}
     assert others <= {folder / "lock", folder / "namespaces" / f"{LAYOUT.namespace_id.hex()}.json"}
     assert not list((folder / "tmp").iterdir())

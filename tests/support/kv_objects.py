@@ -135,7 +135,7 @@ def fetch(stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes]
     """The objects that came, each checked to be complete and in order."""
     request = pb.FetchRequest(namespace_id=layout.namespace_id, chunk_hashes=b"".join(hashes), quality=quality)
     stream: Iterator[Framed[pb.FetchResponse]] = stub.Fetch(request, timeout=DEADLINE_S)
-    objects = []
+    objects: list[bytes] = []
     for index, pieces in itertools.groupby(stream, key=lambda piece: piece.head.chunk_index):
         assert index == len(objects), "objects come in order"
         blob = bytearray()

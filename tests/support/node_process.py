@@ -59,7 +59,7 @@ class NodeProcess:
 
     @property
     def admin(self) -> AdminStub:
-        return AdminStub(self.channel)
+        return AdminStub(self.channel)  # type: ignore[no-untyped-call]
 
     def metrics(self) -> str:
         """What its Prometheus endpoint says; the node must have been started with --metrics-listen."""
