@@ -54,7 +54,7 @@ def _print(report: dict[str, Any]) -> None:
     recompute_s = rows.pop("recompute")["ttft_seconds"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("quality", no_wrap=True)
-    for heading in ("tokens", "raw MB", "stored MB", "bits/elt", "TTFT s", "speed-up", "greedy", "mean KL"):
+    for heading in ("tokens", "raw MB", "read MB", "bits/elt", "TTFT s", "faster", "greedy", "mean KL"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_row("recompute", "0", "–", "–", "–", f"{recompute_s:.3f}", "1.0x", "–", "–")
     for quality, row in rows.items():
@@ -71,7 +71,7 @@ def _print(report: dict[str, Any]) -> None:
     again = report["after_restart"]
     restored = sum(row["tokens"] > 0 for row in again["rows"].values())
     print(
-        f"{report['prompt_tokens']} prompt tokens. TTFT: prompt to first token, median; what was not restored is computed.\n"
+        f"{report['prompt_tokens']} prompt tokens. TTFT: prompt to first token, median; the rest is computed.\n"
         "greedy: tokens like those of the run without the store, up to the first that differs.\n"
         "mean KL: of next-token distributions, in float32.\n"
         f"After kill -9 and restart: {again['objects']} objects on disk, {restored} of {len(again['rows'])} qualities "

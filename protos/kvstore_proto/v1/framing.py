@@ -18,7 +18,7 @@ from google.protobuf.message import Message
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1 import store_pb2_grpc as pb_grpc
 
-DATA_BYTES_MAX = 1 << 20                     # of `data` in one message
+DATA_BYTES_MAX = 1 << 20  # of `data` in one message
 MESSAGE_BYTES_MAX = DATA_BYTES_MAX + (3 << 20)  # an offer with a 1 MB layout and 2048 objects fits as well
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
