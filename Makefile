@@ -11,7 +11,7 @@ PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
 SOURCE := kvstore codec client cluster protos bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fmt protos vectors wheel-test clean
+.PHONY: help setup demo test check bench fmt protos vectors wheel-test sanitize clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ vectors: setup  ## rewrite the golden vectors: only for a deliberate change of a
 
 wheel-test: setup  ## build sdist and wheel; install the wheel alone in new environments; use it
 	$(BIN)/python tests/packaging/wheel_test.py
+
+sanitize: setup  ## the codec's tests on a C++ core built with AddressSanitizer and UBSan
+	BIN=$(abspath $(BIN)) tests/packaging/sanitize.sh
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -45,7 +45,7 @@ inline void row_to_float(const u8* row, std::size_t count, Dtype dtype, float* o
         case Dtype::float16:
             for (std::size_t i = 0; i < count; ++i) out[i] = float16_to_float(load<u16>(row + 2 * i));
             break;
-        default: std::memcpy(out, row, 4 * count);
+        default: if (count > 0) std::memcpy(out, row, 4 * count);  // a plane without components has no memory
     }
 }
 
@@ -63,7 +63,7 @@ inline void row_from_float(const float* values, std::size_t count, Dtype dtype, 
                 std::memcpy(row + 2 * i, &bits, 2);
             }
             break;
-        default: std::memcpy(row, values, 4 * count);
+        default: if (count > 0) std::memcpy(row, values, 4 * count);
     }
 }
 

@@ -455,7 +455,7 @@ Status LossyCodec::decode(std::span<const ByteView> payloads, std::span<const Co
         next += plane.channels() * stride;
         const std::size_t row_bytes = plane.channels() * element_bytes(dtype);
         for (std::size_t token = 0; token < sinks; ++token, sink_rows += row_bytes)
-            std::memcpy(plane.row(token), sink_rows, row_bytes);
+            if (row_bytes > 0) std::memcpy(plane.row(token), sink_rows, row_bytes);
     }
     return Status::ok;
 }
