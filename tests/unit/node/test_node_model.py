@@ -1,0 +1,153 @@
+"""The node against a plain dict: any mix of operations at once, in any small capacity, across restarts.
+
+A read returns exactly what was last stored, or nothing; both capacities hold; the books balance whenever it is idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import kv_objects as kv
+import pytest
+from engine_node import LAYOUT, FakeClock, check_books, config, filled, key_of, offer, opened, put, read
+from hypothesis import given, settings
+
+import kvstore_codec as codec
+from kvstore.engine.node import Node
+
+FAST_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # thousands of syncs, and nothing here loses power
+PROMPTS, CHUNKS = 4, 5
+QUALITIES = ("low", "high", "raw")
+STORED = {
+    (quality, prompt): kv.chunks(LAYOUT, CHUNKS, seed=100 + prompt, quality=quality)
+    for quality in QUALITIES
+    for prompt in range(PROMPTS)
+}
+EVERYTHING = [chunk for prompt in range(PROMPTS) for chunk in STORED["raw", prompt]]
+SIZE = len(EVERYTHING[0].blob)
+BLOCK = 4096
+
+prompts = st.integers(0, PROMPTS - 1)
+counts = st.integers(1, CHUNKS)
+operations = st.one_of(
+    st.tuples(st.just("put"), prompts, counts, st.sampled_from(QUALITIES), st.booleans()),
+    st.tuples(st.just("put"), prompts, counts, st.sampled_from(QUALITIES), st.booleans()),
+    st.tuples(st.just("cancel"), prompts, counts, st.sampled_from(QUALITIES), st.integers(0, 8)),
+    st.tuples(st.just("abort"), prompts, counts, st.sampled_from(QUALITIES)),
+    st.tuples(st.just("read"), prompts, counts),
+    st.tuples(st.just("lookup"), prompts, st.sampled_from([0, 1000])),
+    st.tuples(st.just("delete"), prompts, counts),
+    st.tuples(st.just("evict"), st.sampled_from(["host", "disk", None]), st.integers(0, 4 * SIZE)),
+    st.tuples(st.just("purge")),
+    st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0])),
+)
+batches = st.lists(st.one_of(st.just("reopen"), st.lists(operations, min_size=1, max_size=6)), max_size=14)
+
+
+@dataclass
+class Model:
+    """What each chunk may read as: `at_rest` now, or also what the batch under way puts there."""
+
+    at_rest: dict[bytes, bytes] = field(default_factory=dict)
+    under_way: dict[bytes, set[bytes]] = field(default_factory=dict)
+
+    def allows(self, chunk: kv.StoredChunk, data: bytes | None) -> bool:
+        return data is None or data == self.at_rest.get(chunk.hash) or data in self.under_way.get(chunk.hash, ())
+
+
+async def act(node: Node, clock: FakeClock, model: Model, operation: Any) -> None:
+    what, *rest = operation
+    if what in ("put", "cancel", "abort"):
+        prompt, count, quality, detail = (*rest, None)[:4]
+        chunks = STORED[quality, prompt][:count]
+        if what == "put":
+            results = await put(node, chunks, durable=detail)
+            assert all(result.reason for result in results if result.outcome == "rejected")
+        elif what == "abort":
+            node.abort(offer(node, chunks))
+        else:
+            await cancelled(node, chunks, turns=detail)
+    elif what == "read":
+        for chunk in STORED["raw", rest[0]][: rest[1]]:
+            assert model.allows(chunk, await read(node, chunk))
+    elif what == "lookup":
+        hashes = [chunk.hash for chunk in STORED["raw", rest[0]]]
+        for status in node.lookup(LAYOUT.namespace_id, hashes, 0, rest[1]).chunks:
+            assert status.tier in ("host", "disk")
+    elif what == "delete":
+        await node.delete(LAYOUT.namespace_id, [chunk.hash for chunk in STORED["raw", rest[0]][rest[1] - 1 :]], 0)
+    elif what == "evict":
+        await node.evict(rest[0], rest[1], None)
+    elif what == "purge":
+        await node.delete(LAYOUT.namespace_id, None, 0)
+    else:
+        clock.now_s += rest[0]
+
+
+async def cancelled(node: Node, chunks: list[kv.StoredChunk], *, turns: int) -> None:
+    stage = filled(node, chunks)
+    task = asyncio.ensure_future(node.commit(stage, durable=True))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.wait([task])
+    node.abort(stage)  # as the service does: the commit may not even have begun
+
+
+async def run(folder: Path, host: int, disk: int | None, todo: list[Any]) -> None:
+    clock = FakeClock()
+    model = Model()
+    layout = config(folder if disk is not None else None, host=host, disk=disk or 0)
+    while True:
+        async with opened(layout, clock) as node:
+            await settle(node, model, EVERYTHING)
+            while todo and todo[0] != "reopen":
+                batch = todo.pop(0)
+                for operation in batch:
+                    if operation[0] in ("put", "cancel"):
+                        for chunk in STORED[operation[3], operation[1]][: operation[2]]:
+                            model.under_way.setdefault(chunk.hash, set()).add(chunk.blob)
+                work: list[Coroutine[Any, Any, None]] = [act(node, clock, model, each) for each in batch]
+                await asyncio.gather(*work)
+                await check_books(node, layout)
+                await settle(node, model, EVERYTHING)
+            counters = node.stat().counters
+            assert not [name for name in counters if name.startswith(("tier_failures", "integrity_failures"))], counters
+        if not todo:
+            return
+        todo.pop(0)
+        if disk is None:
+            model.at_rest.clear()
+
+
+async def settle(node: Node, model: Model, chunks: list[kv.StoredChunk]) -> None:
+    """With nothing under way: what is held reads exactly as it may, and what is not held stays away."""
+    for chunk in chunks:
+        data = await read(node, chunk)
+        assert (data is None) == (node._holdings.index.get(key_of(chunk)) is None)
+        assert model.allows(chunk, data)
+        model.at_rest.pop(chunk.hash, None)
+        if data is not None:
+            model.at_rest[chunk.hash] = data
+            assert codec.verify(data).header.chunk_hash == chunk.hash
+    model.under_way.clear()
+
+
+@pytest.mark.slow
+@given(
+    host=st.sampled_from([0, SIZE - 1, SIZE, 3 * SIZE, 5 * SIZE + 100, 64 << 20]),
+    disk=st.sampled_from([None, BLOCK, 2 * BLOCK, 6 * BLOCK, 11 * BLOCK + 5, 64 << 20]),
+    todo=batches,
+)
+@settings(max_examples=120, deadline=None)
+def test_any_mix_of_operations_against_a_dict(host: int, disk: int | None, todo: list[Any]) -> None:
+    if not host and disk is None:
+        return  # a node that could hold nothing: the configuration refuses it
+    with tempfile.TemporaryDirectory(dir=FAST_DISK) as folder:
+        asyncio.run(run(Path(folder), host, disk, list(todo)))
