@@ -246,7 +246,9 @@ class KVLayout:
             raise LayoutError("layout bytes are too long", bytes=len(data))
         try:
             parsed = json.loads(data.decode("utf-8"), parse_float=_no_float, object_hook=_floats_back)
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except LayoutError:
+            raise
+        except (ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, an integer of absurd length
             raise LayoutError(f"layout bytes are not canonical JSON: {error}") from error
         if not isinstance(parsed, dict):
             raise LayoutError("layout bytes are not a JSON object")

@@ -63,29 +63,40 @@ std::size_t packed_bytes(std::size_t count, int width) { return (count * static_
 
 }  // namespace
 
+LosslessCodec::LosslessCodec(LosslessTables tables) : tables_(std::move(tables)) {
+    using T = LosslessTables;
+    cost_columns_.resize(tables_.costs.size());
+    for (std::size_t table = 0; table < T::kTables; ++table)
+        for (std::size_t symbol = 0; symbol < T::kSymbols; ++symbol)
+            cost_columns_[symbol * T::kTables + table] = tables_.costs[table * T::kSymbols + symbol];
+}
+
+// What each table costs with a base, all tables at a time: a symbol's costs lie together (`cost_columns_`).
 LosslessCodec::Choice LosslessCodec::choose(const u8* exponents, std::size_t tokens) const {
-    std::array<i64, 256> histogram{};
+    using T = LosslessTables;
+    std::array<u32, 256> histogram{};
     for (std::size_t token = 0; token < tokens; ++token) ++histogram[exponents[token]];
-    int top = 255;
-    while (histogram[static_cast<std::size_t>(top)] == 0) --top;
+    std::array<u8, 256> present;
+    std::size_t kinds = 0;
+    for (std::size_t exponent = 0; exponent < histogram.size(); ++exponent)
+        if (histogram[exponent] > 0) present[kinds++] = static_cast<u8>(exponent);
+    const int top = present[kinds - 1];
     Choice best;
     i64 best_cost = -1;
-    for (int base = top; base > std::max(top - LosslessTables::kBasesTried, -1); --base) {
-        for (int table = 0; table < LosslessTables::kTables; ++table) {
-            const i32* costs = tables_.costs.data() + table * LosslessTables::kSymbols;
-            i64 cost = 0;
-            for (int exponent = 0; exponent <= top; ++exponent) {
-                const i64 count = histogram[static_cast<std::size_t>(exponent)];
-                if (count == 0) continue;
-                const int distance = base - exponent;
-                const bool coded = distance >= 0 && distance < LosslessTables::kEscape;
-                cost += count * (coded ? costs[distance] : costs[LosslessTables::kEscape] + LosslessTables::kEscapeCost);
-            }
-            if (best_cost < 0 || cost < best_cost) {
-                best_cost = cost;
+    for (int base = top; base > std::max(top - T::kBasesTried, -1); --base) {
+        std::array<i64, T::kTables> total{};
+        for (std::size_t kind = 0; kind < kinds; ++kind) {
+            const int distance = base - present[kind];
+            const bool coded = distance >= 0 && distance < T::kEscape;
+            const i64* costs = cost_columns_.data() + (coded ? distance : int{T::kEscape}) * T::kTables;
+            const i64 count = histogram[present[kind]], extra = coded ? 0 : T::kEscapeCost;
+            for (std::size_t table = 0; table < total.size(); ++table) total[table] += count * (costs[table] + extra);
+        }
+        for (std::size_t table = 0; table < total.size(); ++table)
+            if (best_cost < 0 || total[table] < best_cost) {
+                best_cost = total[table];
                 best = {static_cast<u8>(table), static_cast<u8>(base)};
             }
-        }
     }
     return best;
 }

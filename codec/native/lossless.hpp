@@ -19,7 +19,7 @@ struct LosslessTables {
 
 class LosslessCodec {
   public:
-    explicit LosslessCodec(LosslessTables tables) : tables_(std::move(tables)) {}
+    explicit LosslessCodec(LosslessTables tables);
 
     Bytes encode(std::span<const PlaneView> planes, Dtype dtype) const;
     Status decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype) const;
@@ -39,6 +39,7 @@ class LosslessCodec {
                         std::size_t tokens, int exponent_limit, std::vector<u8>& exponents) const;
 
     LosslessTables tables_;
+    std::vector<i64> cost_columns_;  // tables_.costs by symbol, then table
 };
 
 }  // namespace kvstore
