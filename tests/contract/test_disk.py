@@ -288,8 +288,9 @@ def test_a_root_that_is_no_folder_is_refused(tmp_path: Path, folder: str) -> Non
 
 
 def fail(monkeypatch: pytest.MonkeyPatch, function: str, code: int, *, call: int = 1) -> None:
-    """The `call`th call of an `os` function raises; the others pass."""
-    real = getattr(os, function)
+    """The `call`th call of a function of `os`, or of Path if it has it, raises; the others pass."""
+    owner = Path if hasattr(Path, function) else os
+    real = getattr(owner, function)
     calls = 0
 
     def faulty(*arguments: Any, **keywords: Any) -> Any:
@@ -299,7 +300,7 @@ def fail(monkeypatch: pytest.MonkeyPatch, function: str, code: int, *, call: int
             raise OSError(code, os.strerror(code))
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(os, function, faulty)
+    monkeypatch.setattr(owner, function, faulty)
 
 
 FAULTS = [

@@ -142,14 +142,15 @@ async def test_a_replacement_that_the_disk_refuses_leaves_no_stale_file(
     settings = config(tmp_path, host=host)
     async with opened(settings) as node:
         await put(node, LOW[:1], durable=True)
-        real, calls = getattr(os, function), iter(range(1, 1000))
+        owner = Path if hasattr(Path, function) else os
+        real, calls = getattr(owner, function), iter(range(1, 1000))
 
         def faulty(*arguments: Any, **keywords: Any) -> Any:
             if next(calls) == call:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return real(*arguments, **keywords)
 
-        monkeypatch.setattr(os, function, faulty)
+        monkeypatch.setattr(owner, function, faulty)
         results = await put(node, A[:1])
         await check_books(node, settings)
         monkeypatch.undo()
@@ -169,7 +170,7 @@ async def test_a_delete_that_the_disk_refuses_keeps_its_room(tmp_path: Path, mon
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
         with monkeypatch.context() as patched:
-            patched.setattr(os, "unlink", refuse)
+            patched.setattr(Path, "unlink", refuse)
             await node.delete(LAYOUT.namespace_id, [A[3].hash], 0)
         assert found(node, A) == ["disk"] * 3
         assert node.stat().counters["tier_failures.disk.delete"] == 1
