@@ -24,7 +24,7 @@ from kvstore_codec.rope import rotation_for
 from kvstore_codec.segments import CodedPlane, SegmentCoder, SegmentGroup, segment_groups
 
 #: Base step ("low") of keys and values in units of the plane's rms. Each quality divides the step by 3; these put
-#: `medium` below fp8's loss on SmolLM2 (docs/codec.md). Values tolerate a coarser grid at equal loss than keys.
+#: `medium` below fp8's loss on SmolLM2 (docs/performance.md). Values tolerate a coarser grid at equal loss than keys.
 STEP_FACTOR_K = 0.75
 STEP_FACTOR_V = 0.75 * 0.67
 #: Tokens at positions before this one carry most of the loss when quantised and are stored as they are.

