@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from kvstore_client.connection import Node, failures
+from kvstore_client.connection import Node, failures, understood
 from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.results import NodeStat, TierStat
 from kvstore_client.session import Session
@@ -52,7 +52,7 @@ class AsyncClient:
 
         async def ask(node: Node, timeout_s: float) -> pb.StatResponse:
             async with failures(node):
-                answer: pb.StatResponse = await node.stub.Stat(pb.StatRequest(), timeout=timeout_s)
+                answer: pb.StatResponse = understood(node, await node.stub.Stat(pb.StatRequest(), timeout=timeout_s))
             return answer
 
         with self._session.timed("stat"):

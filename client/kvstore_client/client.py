@@ -1,12 +1,14 @@
 """The synchronous client: the asynchronous one, run on an event loop in the background.
 
 All synchronous clients of a process share one loop thread; their methods may be called from any thread, also from
-inside a running event loop (which they then block).
+inside a running event loop (which they then block). After a fork() that follows the first use, calls in the child raise
+InvalidArgument.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Coroutine, Sequence
 from functools import cache
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from kvstore_client.aio import DEADLINE_S, AsyncClient
+from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Quality
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 R = TypeVar("R")
+_starting = threading.Lock()
 
 
 class Client:
@@ -100,17 +104,30 @@ class Namespace:
         return _run(self._async.delete(token_ids, deadline=deadline))
 
 
-@cache
 def _loop() -> asyncio.AbstractEventLoop:
-    """One for the process: gRPC's asynchronous core serves several loops badly. A daemon thread, so that a process
-    may end without closing its clients."""
-    loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, name="kvstore-client", daemon=True).start()
+    """One for the process: gRPC's asynchronous core serves several loops badly."""
+    with _starting:  # a cache alone would let two threads start one each
+        loop, process_id = _started_loop()
+    if process_id != os.getpid():  # the thread stayed behind, and gRPC with it: a call would wait for ever
+        raise InvalidArgument("a client was used before this process was forked: spawn it, or fork before first use")
     return loop
 
 
+@cache
+def _started_loop() -> tuple[asyncio.AbstractEventLoop, int]:
+    """In a daemon thread, so that a process may end without closing its clients."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="kvstore-client", daemon=True).start()
+    return loop, os.getpid()
+
+
 def _run(coroutine: Coroutine[Any, Any, R]) -> R:
-    future = asyncio.run_coroutine_threadsafe(coroutine, _loop())
+    try:
+        loop = _loop()
+    except InvalidArgument:
+        coroutine.close()
+        raise
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
     try:
         return future.result()
     except BaseException:  # an interrupt of the waiting thread: the call is not wanted any more

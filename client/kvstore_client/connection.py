@@ -6,16 +6,24 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import grpc
 import grpc.aio
 
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import DeadlineExceeded, KvClientError, ServerFailed, Unavailable, from_status
+from kvstore_client.errors import (
+    DeadlineExceeded,
+    KvClientError,
+    ProtocolViolation,
+    ServerFailed,
+    Unavailable,
+    from_status,
+)  # fmt: skip
 from kvstore_cluster.placement import rank
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
 
+R = TypeVar("R")
 #: What another node may do better: the caller's mistakes and the lies of a node are not among it.
 _TRY_ELSEWHERE = (Unavailable, DeadlineExceeded, ServerFailed)
 _OPTIONS = [
@@ -23,7 +31,7 @@ _OPTIONS = [
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # another client's back-off is not ours
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),  # what an attempt may take, in fact
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 
@@ -41,13 +49,17 @@ class Connections:
         self._seeds = tuple(seeds)
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._nodes: dict[str, Node] = {}
+        self._closed = False
 
     @property
     def seeds(self) -> tuple[str, ...]:
         return self._seeds
 
     def node(self, seed: str) -> Node:
-        """Connects in the background; a call meanwhile waits no longer than its own timeout."""
+        """Connects in the background; a call meanwhile waits no longer than its own timeout. Raises Unavailable once
+        closed."""
+        if self._closed:
+            raise _closed_meanwhile(seed)
         if seed not in self._nodes:
             self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
             self._nodes[seed] = Node(seed, FramedStoreStub(self._channels[seed]))
@@ -58,6 +70,7 @@ class Connections:
         return (self.node(seed) for seed in rank(self._seeds, key))
 
     async def aclose(self) -> None:
+        self._closed = True
         channels, self._channels, self._nodes = list(self._channels.values()), {}, {}
         await asyncio.gather(*(channel.close(None) for channel in channels))
 
@@ -67,16 +80,25 @@ def worth_another_node(error: KvClientError) -> bool:
 
 
 @asynccontextmanager
-async def failures(node: Node, call: Any = None) -> AsyncIterator[None]:
-    """Raises the typed error of a gRPC call that fails inside; `call` is a stream that is being written."""
+async def failures(node: Node) -> AsyncIterator[None]:
+    """Raises the typed error of a gRPC call that fails inside, also by the client's own aclose()."""
     try:
         yield
     except grpc.aio.AioRpcError as error:
         raise from_status(error.code(), error.details(), node.address) from None
-    except asyncio.InvalidStateError:  # written to after it ended: its status says why
-        if call is None:
+    except grpc.aio.UsageError:  # its channel was closed before it began
+        raise _closed_meanwhile(node.address) from None
+    except asyncio.CancelledError:
+        if _is_cancelled():
             raise
-        raise from_status(await call.code(), await call.details(), node.address) from None
+        raise _closed_meanwhile(node.address) from None  # by gRPC, which cancels the calls of a closed channel
+
+
+def understood(node: Node, message: R | None) -> R:
+    """`message`; raises ProtocolViolation for None, which gRPC hands out for bytes that are no such message."""
+    if message is None:
+        raise ProtocolViolation("the node's answer is not what the protocol says", node=node.address)
+    return message
 
 
 def timeout_s(deadline: Deadline, attempts: int = 1) -> float:
@@ -85,3 +107,14 @@ def timeout_s(deadline: Deadline, attempts: int = 1) -> float:
     if seconds <= 0:
         raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
     return seconds
+
+
+def _closed_meanwhile(address: str) -> Unavailable:
+    return Unavailable("the client was closed during the call", node=address)
+
+
+def _is_cancelled() -> bool:
+    """Whether someone cancelled the running task. Before Python 3.11 nobody can tell, and the cancellation stands."""
+    task = asyncio.current_task()
+    cancelling = getattr(task, "cancelling", None)
+    return cancelling is None or cancelling() > 0

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from kvstore_client.errors import InvalidArgument
 
 Clock = Callable[[], float]
+SECONDS_MAX = 1e8  # three years; gRPC takes much longer ones for past
 
 
 class Deadline:
@@ -27,7 +28,7 @@ class Deadline:
 
 
 def checked_seconds(value: float) -> float:
-    """`value`, or InvalidArgument unless it is a positive, finite number of seconds."""
+    """`value` (at most SECONDS_MAX), or InvalidArgument unless it is a positive, finite number of seconds."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
         raise InvalidArgument("deadline must be a positive number of seconds", deadline=value)
-    return float(value)
+    return min(float(value), SECONDS_MAX)

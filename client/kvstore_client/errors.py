@@ -140,8 +140,14 @@ _DETAILS_CHARACTERS_MAX = 200
 def from_status(status: grpc.StatusCode, details: str | None, node: str) -> KvClientError:
     """The error of a call that ended with `status`; a stream that ended OK too early is a protocol violation."""
     kind = ERROR_OF_STATUS.get(status, ProtocolViolation)
-    text = " ".join((details or "").split())[:_DETAILS_CHARACTERS_MAX]
-    return kind(_MESSAGES.get(kind, "the node's answer is not what the protocol says"), node=node, details=text)
+    message = _MESSAGES.get(kind, "the node's answer is not what the protocol says")
+    return kind(message, node=node, details=one_line(details or ""))
+
+
+def one_line(text: str) -> str:
+    """What a peer wrote, as it may be shown and logged: short, printable, without line breaks."""
+    text = "".join(character if character.isprintable() else " " for character in text[: 2 * _DETAILS_CHARACTERS_MAX])
+    return " ".join(text.split())[:_DETAILS_CHARACTERS_MAX]
 
 
 def from_codec(error: codec.ObjectError, node: str) -> BadObject:

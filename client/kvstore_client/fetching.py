@@ -11,10 +11,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import kvstore_codec as codec
-from kvstore_client.connection import Node, failures
+from kvstore_client.connection import Node, failures, understood
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import (
     DeadlineExceeded,
@@ -29,6 +29,7 @@ from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
 DECODES_MAX = 4  # objects received and not yet decoded
+CHUNKS_MAX = 4096  # of one stream, as the node limits it
 
 
 @dataclass(frozen=True)
@@ -51,24 +52,27 @@ class Fetched:
 
 
 async def fetch(
-    node: Node, wanted: Wanted, lease_id: bytes, into: KVArray, executor: Executor, deadline: Deadline,
+    node: Node, wanted: Wanted, lease_ids: Sequence[bytes], into: KVArray, executor: Executor, deadline: Deadline,
     count_received: Callable[[int], None],
 ) -> Fetched:  # fmt: skip
     """Fetches and decodes `wanted.chunks` into `into`, which starts with the first of them. Never raises for what a
     node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more."""
     fetched = Fetched()
     decodes: list[Future[None]] = []
+    running: list[Future[None]] = []
     try:
-        async with aclosing(_objects(node, wanted, lease_id, deadline, count_received)) as objects:
+        async with aclosing(_objects(node, wanted, lease_ids, deadline, count_received)) as objects:
             async for blob in objects:
                 chunk = wanted.chunks[len(decodes)]
                 first = chunk.first_token - wanted.chunks[0].first_token
                 place = codec.token_slice(into, first, first + chunk.tokens)
                 decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place))
-                await _wait_for_turn(decodes, deadline)
+                running.append(decodes[-1])
+                await _wait_for_turn(running, deadline)
         await _wait(decodes, deadline.remaining())
     except KvClientError as error:
         fetched.error = error
+        await _wait(decodes, deadline.remaining())  # what came whole before it counts
     finally:
         await _call_off(decodes)
     for decode in decodes:
@@ -86,21 +90,37 @@ async def fetch(
 
 
 async def _objects(
-    node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None]
+    node: Node, wanted: Wanted, lease_ids: Sequence[bytes], deadline: Deadline, count_received: Callable[[int], None]
 ) -> AsyncGenerator[memoryview, None]:
     """Whole objects in the order of `wanted.chunks`; ends early where the node has no more."""
+    for number, first in enumerate(range(0, len(wanted.chunks), CHUNKS_MAX)):
+        part = replace(wanted, chunks=wanted.chunks[first : first + CHUNKS_MAX])
+        lease_id = lease_ids[number] if number < len(lease_ids) else b""
+        came = 0
+        async with aclosing(_stream(node, part, lease_id, deadline, count_received)) as objects:
+            async for blob in objects:
+                came += 1
+                yield blob
+        if came < len(part.chunks):
+            return
+
+
+async def _stream(
+    node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None]
+) -> AsyncGenerator[memoryview, None]:
     request = pb.FetchRequest(
         namespace_id=wanted.layout.namespace_id, chunk_hashes=b"".join(chunk.hash for chunk in wanted.chunks),
         part=wanted.part, quality=wanted.quality, lease_id=lease_id,
     )  # fmt: skip
-    call = node.stub.Fetch(request, timeout=deadline.remaining())
+    call = None
     try:
         index, buffer, received = 0, bytearray(), 0
         async with failures(node):
+            call = node.stub.Fetch(request, timeout=deadline.remaining())
             async for message in call:
-                received += _check_piece(node, wanted, message, index, received, len(buffer))
+                received += _check_piece(node, wanted, understood(node, message), index, received, len(buffer))
                 count_received(len(message.data))
-                if len(message.data) == message.head.object_bytes:
+                if not message.head.offset and len(message.data) == message.head.object_bytes:
                     yield memoryview(message.data)  # in one piece: not even copied
                 else:
                     if not message.head.offset:
@@ -113,7 +133,8 @@ async def _objects(
         if received:
             raise ProtocolViolation("a fetch ended inside an object", node=node.address)
     finally:
-        call.cancel()
+        if call is not None:
+            call.cancel()
 
 
 def _check_piece(
@@ -153,15 +174,19 @@ def _decode(node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place
         raise from_codec(error, node.address) from error
 
 
-async def _wait_for_turn(decodes: Sequence[Future[None]], deadline: Deadline) -> None:
-    """Until few enough decodes are left that the next object may be received. Raises what a decode found."""
-    while sum(not decode.done() for decode in decodes) >= DECODES_MAX and deadline.remaining() > 0:
-        await _wait(decodes, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
-    if deadline.remaining() <= 0:
-        raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
-    for decode in decodes:
-        if decode.done() and (error := decode.exception()) is not None:
-            raise error
+async def _wait_for_turn(running: list[Future[None]], deadline: Deadline) -> None:
+    """Until few enough decodes run that the next object may be received; drops those that are done from `running`.
+    Raises what a decode found."""
+    while True:
+        for decode in [decode for decode in running if decode.done()]:
+            if (error := decode.exception()) is not None:
+                raise error
+            running.remove(decode)
+        if deadline.remaining() <= 0:
+            raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
+        if len(running) < DECODES_MAX:
+            return
+        await _wait(running, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
 
 
 async def _wait(decodes: Sequence[Future[None]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
@@ -178,5 +203,11 @@ async def _call_off(decodes: Sequence[Future[None]]) -> None:
     """Cancels the decodes that have not started and waits for the others, which cannot be stopped."""
     for decode in decodes:
         decode.cancel()
+    again: asyncio.CancelledError | None = None
     while not all(decode.done() for decode in decodes):
-        await _wait(decodes, timeout_s=1.0)
+        try:
+            await _wait(decodes, timeout_s=1.0)
+        except asyncio.CancelledError as error:  # a second one: still nothing may write to the caller's array
+            again = error
+    if again is not None:
+        raise again

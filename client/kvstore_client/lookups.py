@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvstore_client.connection import Node, failures
+from kvstore_client.connection import Node, failures, understood
+from kvstore_client.connection import timeout_s as remaining_s
+from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ProtocolViolation
 from kvstore_client.results import ChunkHit, Hit, Lease
 from kvstore_codec import ChunkRef, KVLayout, Quality
@@ -20,6 +22,7 @@ async def lookup(
     node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], *, lease_ms: int, timeout_s: float
 ) -> Hit:
     """The longest prefix of `refs` that `node` holds. Raises the typed error of a failed call, ProtocolViolation."""
+    limit = Deadline(timeout_s)
     found: list[ChunkHit] = []
     lease_ids: list[bytes] = []
     granted_ms = lease_ms
@@ -30,7 +33,7 @@ async def lookup(
             lease_ms=lease_ms,
         )  # fmt: skip
         async with failures(node):
-            answer = await node.stub.Lookup(request, timeout=timeout_s)
+            answer = understood(node, await node.stub.Lookup(request, timeout=remaining_s(limit)))
         if len(answer.chunks) > len(asked):
             raise ProtocolViolation("a lookup answered more chunks than were asked for", node=node.address)
         found += [_hit(node, layout, part, ref, status) for ref, status in zip(asked, answer.chunks, strict=False)]

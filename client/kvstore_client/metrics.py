@@ -7,6 +7,7 @@ worse than asked for).
 from __future__ import annotations
 
 import logging
+import threading
 from functools import cache
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
@@ -16,6 +17,7 @@ QUALITY = "quality"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 log = logging.getLogger("kvstore_client")
+_making = threading.Lock()
 
 
 class ClientMetrics:
@@ -50,10 +52,10 @@ class ClientMetrics:
         )  # fmt: skip
 
 
-@cache
 def client_metrics(registry: CollectorRegistry = REGISTRY) -> ClientMetrics:
     """A registry takes each metric once, so clients that share a registry share the metrics."""
-    return ClientMetrics(registry)
+    with _making:  # a cache alone would let two threads make them
+        return _client_metrics(registry)
 
 
 class OncePerReason:
@@ -66,3 +68,8 @@ class OncePerReason:
         if (call, reason) not in self._seen:
             self._seen.add((call, reason))
             log.warning("%s: %s: %s (logged once; see kvstore_client_* metrics)", call, reason, details)
+
+
+@cache
+def _client_metrics(registry: CollectorRegistry) -> ClientMetrics:
+    return ClientMetrics(registry)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 
 import numpy.typing as npt
 
 import kvstore_codec as codec
-from kvstore_client.connection import Node, failures
+from kvstore_client.connection import Node, failures, timeout_s, understood
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import InvalidArgument, KvClientError
+from kvstore_client.errors import ErrorCode, InvalidArgument, KvClientError
 from kvstore_client.fetching import Wanted, fetch
 from kvstore_client.lookups import lookup
 from kvstore_client.metrics import ABSENT, QUALITY
@@ -18,12 +18,15 @@ from kvstore_client.putting import Chunk, Source, Stored, batches, put
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
 from kvstore_client.session import Session
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Quality
+from kvstore_codec.arrays import planes
 from kvstore_proto.v1 import store_pb2 as pb
 
 TokenIds = Sequence[int] | npt.ArrayLike
 LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
+LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
+DELETE_CHUNKS_MAX = 4096  # in one call, as the node limits it
 
 
 class AsyncNamespace:
@@ -42,6 +45,8 @@ class AsyncNamespace:
         `token_ids`: 1-D integers in [0, 2³²); whole chunks of them are looked up, and the rest with `tail`.
         """
         limit = self._session.begin(deadline)
+        if not 0 <= lease_ms <= LEASE_MS_MAX:
+            raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)
         refs = self._refs(token_ids)
         with self._session.timed("lookup"):
             _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
@@ -57,7 +62,8 @@ class AsyncNamespace:
         `quality`: read no better than this, which is fewer bytes; None reads all that is stored. `min_quality`: what
         is worse, by its own coding or because of the prefix that it was computed on, is a miss; for exact KV ask for
         min_quality="lossless". `out`: an array to decode into, in any form that `codec.encode` takes, with room for
-        some whole chunks; `kv` is a view of its first n tokens, what lies behind them is unspecified. Without it, a
+        some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
+        lies behind them is unspecified. Without it, a
         new numpy array (or list of (k, v) where layers differ).
 
         Nothing writes to `out` after this returns or is cancelled.
@@ -73,6 +79,7 @@ class AsyncNamespace:
         refs = self._refs(token_ids)
         tokens_asked = refs[-1].first_token + refs[-1].tokens if refs else 0
         if out is not None:
+            out = _sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
             refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
         with self._session.timed("get"):
@@ -95,8 +102,8 @@ class AsyncNamespace:
         """
         limit = self._session.begin(deadline)
         source = Source(
-            self.layout, self.part, kv, first_token, codec.storable_quality(self.layout, quality),
-            Quality.parse(provenance), durable,
+            self.layout, self.part, _sliceable(kv, self._part_layout), first_token,
+            codec.storable_quality(self.layout, quality), Quality.parse(provenance), durable,
         )  # fmt: skip
         refs = self._refs_from(token_ids, source)
         with self._session.timed("put"):
@@ -110,23 +117,29 @@ class AsyncNamespace:
         hashes = [] if token_ids is None else [ref.hash for ref in self._refs(token_ids)]
         if token_ids is not None and not hashes:
             return DeleteResult()  # no hash would mean the whole namespace
-        request = pb.DeleteRequest(
-            namespace_id=self.layout.namespace_id, chunk_hashes=b"".join(hashes), part=self.part
-        )  # fmt: skip
         total = DeleteResult()
         with self._session.timed("delete"):
             for seed in self._session.connections.seeds:
-                node = self._session.connections.node(seed)
                 try:
-                    async with failures(node):
-                        answer = await node.stub.Delete(request, timeout=limit.remaining())
+                    async for objects, freed in self._delete(seed, hashes, limit):
+                        total = replace(total, objects=total.objects + objects, bytes=total.bytes + freed)
                 except KvClientError as error:
                     self._session.metrics.failures.labels("delete", error.code.value).inc()
                     self._session.forgive("delete", error)
                     total = replace(total, reasons=(*total.reasons, f"{seed}: {error}"))
-                else:
-                    total = DeleteResult(total.objects + answer.objects, total.bytes + answer.bytes, total.reasons)
         return total
+
+    async def _delete(self, seed: str, hashes: Sequence[bytes], limit: Deadline) -> AsyncIterator[tuple[int, int]]:
+        """(objects, bytes) removed from one seed, a call at a time. Raises the typed error of a failed call."""
+        node = self._session.connections.node(seed)
+        for first in range(0, len(hashes) or 1, DELETE_CHUNKS_MAX):
+            request = pb.DeleteRequest(
+                namespace_id=self.layout.namespace_id, part=self.part,
+                chunk_hashes=b"".join(hashes[first : first + DELETE_CHUNKS_MAX]),
+            )  # fmt: skip
+            async with failures(node):
+                answer = understood(node, await node.stub.Delete(request, timeout=timeout_s(limit)))
+            yield answer.objects, answer.bytes
 
     def _refs(self, token_ids: TokenIds) -> list[ChunkRef]:
         return codec.chunk_refs(
@@ -170,7 +183,7 @@ class AsyncNamespace:
     async def _get(
         self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline
     ) -> tuple[KVArray, int]:
-        lease_ms = int(limit.remaining() * 1000) + LEASE_MARGIN_MS
+        lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
         node, hit, reason = await self._find("get", refs, lease_ms, limit)
         chunks = _good_enough(hit.chunks, floor)
         if len(chunks) < len(hit.chunks):
@@ -180,9 +193,9 @@ class AsyncNamespace:
         if node is None or not chunks:
             self._count_miss(reason if refs else None)
             return codec.token_slice(into, 0, 0), 0
-        lease_id = hit.lease.ids[0] if hit.lease is not None else b""
+        lease_ids = hit.lease.ids if hit.lease is not None else ()
         fetched = await fetch(
-            node, Wanted(self.layout, self.part, chunks, wanted, floor), lease_id, into, self._session.executor, limit,
+            node, Wanted(self.layout, self.part, chunks, wanted, floor), lease_ids, into, self._session.executor, limit,
             self._session.metrics.bytes_received.inc,
         )  # fmt: skip
         if fetched.error is not None:
@@ -218,6 +231,7 @@ class AsyncNamespace:
             self._session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
             self._session.forgive("put", error)
             reason = str(error)
+        self._count_rejected([stored for stored in answered.values() if stored.outcome == "rejected"])
         return [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
 
     def _put_result(self, source: Source, stored: Sequence[Stored]) -> PutResult:
@@ -238,6 +252,12 @@ class AsyncNamespace:
         """Prompts that share their first chunk live together, so that a prefix is on one node."""
         return self.layout.namespace_id + refs[0].hash
 
+    def _count_rejected(self, stored: Sequence[Stored]) -> None:
+        """What a node turned down: no error, but known."""
+        if stored:
+            self._session.metrics.rejections.labels(ErrorCode.REFUSED.value).inc(len(stored))
+            self._session.warn("put", ErrorCode.REFUSED, stored[0].reason)
+
     def _count_miss(self, reason: str | None) -> None:
         if reason is not None:
             self._session.metrics.misses.labels(reason).inc()
@@ -247,3 +267,14 @@ def _good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHi
     """The chunks before the first that is of less quality than `floor`."""
     bad = next((index for index, chunk in enumerate(chunks) if chunk.effective_quality > floor), len(chunks))
     return chunks[:bad]
+
+
+def _sliceable(kv: KVArray, layout: KVLayout) -> KVArray:
+    """`kv`; or (k, v) views of its memory where it has no way to take some of its tokens, as bare DLPack has not."""
+    arrays = [array for pair in kv for array in pair] if isinstance(kv, list | tuple) else [kv]
+    if all(hasattr(array, "__getitem__") for array in arrays):
+        return kv
+    like = codec.empty(layout, 0)
+    dtype = like[0][0].dtype if isinstance(like, list) else like.dtype
+    views = [plane.view(dtype) for plane in planes(kv, layout)]
+    return list(zip(views[::2], views[1::2], strict=True))

@@ -6,14 +6,12 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Any
-
-import grpc.aio
 
 import kvstore_codec as codec
-from kvstore_client.connection import Node, failures, timeout_s
+from kvstore_client.connection import Node, timeout_s
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, from_status
+from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, one_line
+from kvstore_client.put_stream import PutStream, put_stream
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
@@ -71,24 +69,20 @@ async def put(
 ) -> list[Stored]:  # fmt: skip
     """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
     blobs = await _encode(source, chunks, executor, deadline)
-    call = node.stub.Put(timeout=timeout_s(deadline))
-    try:
-        async with failures(node, call):
-            await call.write(Framed(pb.PutRequest(offer=_offer(source, chunks, blobs))))
-            verdicts = (await _answer(node, call, "verdicts")).verdicts.verdicts
-            _check(node, len(verdicts) == len(chunks) and _VERDICTS.issuperset(verdicts))
-            for index, (blob, verdict) in enumerate(zip(blobs, verdicts, strict=True)):
-                if verdict == pb.VERDICT_SEND and blob is not None:
-                    await _send(call, index, blob, count_sent)
-            await call.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
-            await call.done_writing()
-            results = (await _answer(node, call, "results")).results.results
-            _check(node, len(results) == len(chunks) and _OUTCOMES.issuperset(result.outcome for result in results))
-    finally:
-        call.cancel()
+    async with put_stream(node, timeout_s(deadline)) as stream:
+        await stream.write(Framed(pb.PutRequest(offer=_offer(source, chunks, blobs))))
+        verdicts = (await stream.answer("verdicts")).verdicts.verdicts
+        _check(node, len(verdicts) == len(chunks) and _VERDICTS.issuperset(verdicts))
+        for index, (blob, verdict) in enumerate(zip(blobs, verdicts, strict=True)):
+            if verdict == pb.VERDICT_SEND and blob is not None:
+                await _send(stream, index, blob, count_sent)
+        await stream.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
+        await stream.done_writing()
+        results = (await stream.answer("results")).results.results
+        _check(node, len(results) == len(chunks) and _OUTCOMES.issuperset(result.outcome for result in results))
     return [
         Stored(
-            chunk.ref, pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower(), result.reason,
+            chunk.ref, pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower(), one_line(result.reason),
             result.durable, len(blob) if blob is not None else chunk.held_bytes,
         )
         for chunk, blob, result in zip(chunks, blobs, results, strict=True)
@@ -137,22 +131,12 @@ def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None
     )
 
 
-async def _send(call: Any, index: int, blob: bytes, count_sent: Callable[[int], None]) -> None:
+async def _send(stream: PutStream, index: int, blob: bytes, count_sent: Callable[[int], None]) -> None:
     view = memoryview(blob)
     for offset in range(0, len(blob), DATA_BYTES_MAX):
         piece = view[offset : offset + DATA_BYTES_MAX]
-        await call.write(Framed(pb.PutRequest(object_index=index, offset=offset), piece))
+        await stream.write(Framed(pb.PutRequest(object_index=index, offset=offset), piece))
         count_sent(len(piece))
-
-
-async def _answer(node: Node, call: Any, kind: str) -> pb.PutResponse:
-    """The node's next message, which must be of this kind. Raises ProtocolViolation or the call's error."""
-    response = await call.read()
-    if response is grpc.aio.EOF:  # type: ignore[attr-defined]
-        raise from_status(await call.code(), await call.details(), node.address)
-    _check(node, response.WhichOneof("kind") == kind)
-    answer: pb.PutResponse = response
-    return answer
 
 
 def _check(node: Node, sane: bool) -> None:

@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline, checked_seconds
-from kvstore_client.errors import ClientClosed, KvClientError
+from kvstore_client.errors import ClientClosed, ErrorCode, KvClientError
 from kvstore_client.metrics import OncePerReason, client_metrics
 
 THREADS_MAX = 4  # of the codec, by default
@@ -64,7 +64,7 @@ class Session:
                 return node, await function(node, timeout_s(deadline, left))
             except KvClientError as error:
                 self.metrics.failures.labels(call, error.code.value).inc()
-                if left == 1 or not worth_another_node(error):
+                if left == 1 or self._closed or not worth_another_node(error):
                     raise
         raise AssertionError("a target has at least one seed")
 
@@ -72,7 +72,11 @@ class Session:
         """Logs what a call failed by, or raises it where the client is strict."""
         if self.strict:
             raise error
-        self._log.warn(call, error.code.value, str(error))
+        self.warn(call, error.code, str(error))
+
+    def warn(self, call: str, code: ErrorCode, details: str) -> None:
+        """Logs the first event of its kind."""
+        self._log.warn(call, code.value, details)
 
     @contextmanager
     def timed(self, call: str) -> Iterator[None]:
@@ -86,6 +90,4 @@ class Session:
         """Idempotent."""
         self._closed = True
         await self.connections.aclose()
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-            self._executor = None
+        self._executor = None  # its threads end with the last call that uses it

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 from kvstore_client.errors import InvalidArgument
 
-_HOST_PORT = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9._-]+):(?P<port>\d{1,5})")
+_HOST_PORT = re.compile(r"(?:\[[0-9a-fA-F:.%]+\]|[A-Za-z0-9._-]+):(?P<port>[0-9]{1,5})")
 _HOW = 'use "host:port", "unix:///path/of/socket", or several of them'
 
 
 def parse_target(target: str | Sequence[str]) -> tuple[str, ...]:
     """The distinct seeds in the order given, as gRPC spells them. Raises InvalidArgument."""
-    given = target.split(",") if isinstance(target, str) else list(target)
-    seeds = [_seed(one) for one in given]
+    if isinstance(target, str):
+        target = target.split(",")
+    elif not isinstance(target, Sequence):
+        raise InvalidArgument(f"bad target {target!r}: {_HOW}")
+    seeds = [_seed(one) for one in target]
     if not seeds:
         raise InvalidArgument(f"no target given: {_HOW}")
     return tuple(dict.fromkeys(seeds))
@@ -26,9 +29,9 @@ def _seed(text: object) -> str:
     text = text.strip()
     if text.startswith("unix:"):
         path = text.removeprefix("unix:").removeprefix("//")
-        if path.startswith("/") and len(path.encode()) <= 107:
+        if path.startswith("/") and path.isprintable() and len(path.encode()) <= 107:
             return f"unix:{path}"
-        raise InvalidArgument(f"bad target {text!r}: a socket's path is absolute and has at most 107 bytes")
+        raise InvalidArgument(f"bad target {text!r}: a socket's path is absolute, printable and has at most 107 bytes")
     match = _HOST_PORT.fullmatch(text)
     if match is None or not 1 <= int(match["port"]) <= 65535:
         raise InvalidArgument(f"bad target {text!r}: {_HOW}")

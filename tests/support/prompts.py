@@ -30,7 +30,7 @@ class Prompt:
     def blob(self, index: int, quality: str = "raw", **changes: Any) -> bytes:
         """Chunk `index` as a client would store it; `changes` are arguments of `codec.encode` that lie."""
         ref = self.refs[index]
-        honest = {"quality": quality, "first_position": ref.first_token, "chunk_hash": ref.hash}
+        honest: dict[str, Any] = {"quality": quality, "first_position": ref.first_token, "chunk_hash": ref.hash}
         return bytes(codec.encode(self.chunk_kv(index), self.layout, **(honest | changes)))
 
 
@@ -51,4 +51,4 @@ def prompt(of: codec.KVLayout, tokens: int, seed: int = 0) -> Prompt:
 
 def same(one: Any, other: Any) -> bool:
     """Bit for bit, whatever the dtype."""
-    return one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    return bool(one.shape == other.shape and one.dtype == other.dtype and one.tobytes() == other.tobytes())

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kvstore_client import InvalidArgument
-from kvstore_client.deadline import Deadline, checked_seconds
+from kvstore_client.deadline import SECONDS_MAX, Deadline, checked_seconds
 
 
 class FakeClock:
@@ -31,6 +31,10 @@ def test_what_is_left_and_what_an_attempt_may_take() -> None:
 @pytest.mark.parametrize("good", [1, 0.25, 1e-6, 3600])
 def test_good_seconds(good: float) -> None:
     assert checked_seconds(good) == good
+
+
+def test_a_deadline_beyond_what_grpc_can_count_is_a_long_one() -> None:
+    assert checked_seconds(1e300) == SECONDS_MAX
 
 
 @pytest.mark.parametrize("bad", [0, -1, math.nan, math.inf, True, "2", None])

@@ -6,11 +6,13 @@ import inspect
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvstore_client
 import kvstore_codec as codec
 from kvstore_client import errors
-from kvstore_client.errors import ERROR_OF_STATUS, KvClientError, from_codec, from_status
+from kvstore_client.errors import ERROR_OF_STATUS, KvClientError, from_codec, from_status, one_line
 
 TREE = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, KvClientError)]
 FAILURES = [status for status in grpc.StatusCode if status is not grpc.StatusCode.OK]
@@ -37,6 +39,15 @@ def test_a_stream_that_ends_well_but_early_is_a_protocol_violation() -> None:
 def test_details_of_a_peer_cannot_forge_a_log_line() -> None:
     error = from_status(grpc.StatusCode.INTERNAL, "ok\x1b[31m\x00\x85\u2028root logged in", "n")
     assert str(error).isprintable()
+
+
+@given(st.text(max_size=500))
+def test_one_line_is_short_printable_and_keeps_words(text: str) -> None:
+    line = one_line(text)
+    assert line.isprintable()
+    assert len(line) <= 200
+    assert line == one_line(line) == " ".join(line.split())
+    assert one_line("no  room\tleft\r\n") == "no room left"
 
 
 @pytest.mark.parametrize(

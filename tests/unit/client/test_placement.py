@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -41,3 +42,13 @@ def test_every_node_gets_its_share() -> None:
     first = [rank(nodes, number.to_bytes(4, "little"))[0] for number in range(5000)]
     shares = [first.count(node) / len(first) for node in nodes]
     assert all(0.17 < share < 0.23 for share in shares), shares  # 1/5, and five standard deviations
+
+
+GOLDEN = {b"": "3102", b"prefix": "1302", bytes(64): "2310", bytes(range(64)): "1023", b"\xff" * 32: "3120"}
+
+
+@pytest.mark.parametrize(("key", "ranked"), GOLDEN.items(), ids=GOLDEN.values())
+def test_ranks_do_not_change_between_versions(key: bytes, ranked: str) -> None:
+    """Clients of different versions share nodes: a changed rank loses what the others stored."""
+    nodes = ["10.0.0.1:7070", "10.0.0.2:7070", "cache-0.cache.svc:7070", "unix:/run/kvstore.sock"]
+    assert rank(nodes, key) == [nodes[int(digit)] for digit in ranked]
