@@ -33,6 +33,9 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),  # what an attempt may take, in fact
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Makes the kernel give up a connection whose peer has vanished without a word (TCP_USER_TIMEOUT); pings are rare.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
 ]
 
 

@@ -14,6 +14,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import kvstore_codec as codec
+from kvstore_client.coder import DeadlineCoder
 from kvstore_client.connection import Node, failures, understood
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import (
@@ -60,13 +61,14 @@ async def fetch(
     fetched = Fetched()
     decodes: list[Future[None]] = []
     running: list[Future[None]] = []
+    coder = DeadlineCoder(deadline)
     try:
         async with aclosing(_objects(node, wanted, lease_ids, deadline, count_received)) as objects:
             async for blob in objects:
                 chunk = wanted.chunks[len(decodes)]
                 first = chunk.first_token - wanted.chunks[0].first_token
                 place = codec.token_slice(into, first, first + chunk.tokens)
-                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place))
+                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place, coder))
                 running.append(decodes[-1])
                 await _wait_for_turn(running, deadline)
         await _wait(decodes, deadline.remaining())
@@ -74,6 +76,7 @@ async def fetch(
         fetched.error = error
         await _wait(decodes, deadline.remaining())  # what came whole before it counts
     finally:
+        coder.stop()
         await _call_off(decodes)
     for decode in decodes:
         if decode.cancelled():
@@ -160,8 +163,11 @@ def _check_piece(
     return size
 
 
-def _decode(node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place: KVArray) -> None:
-    """Raises BadObject."""
+def _decode(
+    node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place: KVArray, coder: DeadlineCoder
+) -> None:
+    """Raises BadObject, DeadlineExceeded."""
+    coder.check()
     try:
         header = codec.parse_header(blob)
         effective = max(header.quality_at(len(blob)), header.provenance)
@@ -169,7 +175,7 @@ def _decode(node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place
             raise ObjectForeign("the object is of other tokens", node=node.address, first=header.first_position)
         if effective > wanted.min_quality:
             raise ObjectForeign("the object is of less quality than was declared", node=node.address, found=effective)
-        codec.decode(blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part)
+        codec.decode(blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part, coder=coder)
     except codec.ObjectError as error:
         raise from_codec(error, node.address) from error
 
@@ -194,13 +200,18 @@ async def _wait(decodes: Sequence[Future[None]], timeout_s: float, return_when: 
     running = [asyncio.wrap_future(decode) for decode in decodes if not decode.done()]
     if not running:
         return
-    done, _ = await asyncio.wait(running, timeout=timeout_s, return_when=return_when)
-    for future in done:
-        future.exception()  # seen: the caller asks the decode itself
+    for future in running:
+        future.add_done_callback(_seen)  # the caller asks the decode itself
+    await asyncio.wait(running, timeout=timeout_s, return_when=return_when)
+
+
+def _seen(future: asyncio.Future[None]) -> None:
+    if not future.cancelled():
+        future.exception()
 
 
 async def _call_off(decodes: Sequence[Future[None]]) -> None:
-    """Cancels the decodes that have not started and waits for the others, which cannot be stopped."""
+    """Cancels the decodes that have not started and waits for the others, which stop soon."""
     for decode in decodes:
         decode.cancel()
     again: asyncio.CancelledError | None = None

@@ -107,8 +107,8 @@ class AsyncNamespace:
         )  # fmt: skip
         refs = self._refs_from(token_ids, source)
         with self._session.timed("put"):
-            stored = await self._put(source, refs, limit)
-        return self._put_result(source, stored)
+            before, stored = await self._put(source, refs, limit)
+        return self._put_result(before, stored)
 
     async def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
         """Removes a prompt's chunks from every seed, other prompts' that share them included; without `token_ids`
@@ -147,7 +147,7 @@ class AsyncNamespace:
         )
 
     def _refs_from(self, token_ids: TokenIds, source: Source) -> list[ChunkRef]:
-        """The chunks that `source.kv` covers. Raises InvalidArgument where it does not fit the tokens."""
+        """All chunks of the tokens. Raises InvalidArgument where `source.kv` does not fit them from first_token on."""
         if source.first_token < 0 or source.first_token % self.layout.chunk_tokens:
             raise InvalidArgument(
                 "first_token must be a multiple of chunk_tokens", first_token=source.first_token,
@@ -160,7 +160,7 @@ class AsyncNamespace:
             raise InvalidArgument(
                 "kv must hold the tokens from first_token on", got=held, expected=tokens - source.first_token
             )
-        return [ref for ref in refs if ref.first_token >= source.first_token]
+        return refs
 
     async def _find(
         self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline
@@ -206,17 +206,22 @@ class AsyncNamespace:
         tokens = sum(chunk.tokens for chunk in chunks[: fetched.chunks])
         return codec.token_slice(into, 0, tokens), tokens
 
-    async def _put(self, source: Source, refs: Sequence[ChunkRef], limit: Deadline) -> list[Stored]:
-        """One answer for each chunk; a failure rejects what was not answered before it."""
+    async def _put(
+        self, source: Source, prompt: Sequence[ChunkRef], limit: Deadline
+    ) -> tuple[int | None, list[Stored]]:  # fmt: skip
+        """(tokens before `source`, None unless all of them are held; an answer for each chunk of it). A failure rejects
+        what was not answered before it."""
+        refs = [ref for ref in prompt if ref.first_token >= source.first_token]
         if not refs:
-            return []
+            return 0, []
         answered: dict[bytes, Stored] = {}
-        reason = ""
+        reason, before = "", None
         try:
             node, hit = await self._session.attempt(
-                "put", self._placement_key(refs), limit,
-                lambda node, timeout_s: lookup(node, self.layout, self.part, refs, lease_ms=0, timeout_s=timeout_s),
+                "put", self._placement_key(prompt), limit,
+                lambda node, timeout_s: lookup(node, self.layout, self.part, prompt, lease_ms=0, timeout_s=timeout_s),
             )  # fmt: skip
+            before = source.first_token if hit.tokens >= source.first_token else None
             held = {chunk.hash: chunk.stored_bytes for chunk in hit.chunks if chunk.quality <= source.quality}
             chunks = [Chunk(ref, held.get(ref.hash, 0)) for ref in refs]
             if not source.durable:  # what is held is settled; a durable put asks the node whether it is on disk
@@ -232,17 +237,16 @@ class AsyncNamespace:
             self._session.forgive("put", error)
             reason = str(error)
         self._count_rejected([stored for stored in answered.values() if stored.outcome == "rejected"])
-        return [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
+        return before, [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
 
-    def _put_result(self, source: Source, stored: Sequence[Stored]) -> PutResult:
+    def _put_result(self, before: int | None, stored: Sequence[Stored]) -> PutResult:
         outcomes = [each.outcome for each in stored]
         kept = next((index for index, outcome in enumerate(outcomes) if outcome == "rejected"), len(outcomes))
-        last = stored[kept - 1].ref if kept else None
         return PutResult(
             stored=outcomes.count("stored"),
             have=outcomes.count("have"),
             rejected=outcomes.count("rejected"),
-            tokens=last.first_token + last.tokens if last is not None else 0,
+            tokens=0 if before is None else before + sum(each.ref.tokens for each in stored[:kept]),
             bytes=sum(each.object_bytes for each in stored if each.outcome == "stored"),
             durable=bool(stored) and all(each.durable for each in stored),
             reasons=tuple(dict.fromkeys(each.reason for each in stored if each.outcome == "rejected")),

@@ -8,9 +8,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import kvstore_codec as codec
+from kvstore_client.coder import DeadlineCoder
 from kvstore_client.connection import Node, timeout_s
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, one_line
+from kvstore_client.errors import ProtocolViolation, one_line
 from kvstore_client.put_stream import PutStream, put_stream
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
 from kvstore_proto.v1 import store_pb2 as pb
@@ -68,7 +69,7 @@ async def put(
     count_sent: Callable[[int], None],
 ) -> list[Stored]:  # fmt: skip
     """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
-    blobs = await _encode(source, chunks, executor, deadline)
+    blobs = await _encode(source, chunks, executor, DeadlineCoder(deadline))
     async with put_stream(node, timeout_s(deadline)) as stream:
         await stream.write(Framed(pb.PutRequest(offer=_offer(source, chunks, blobs))))
         verdicts = (await stream.answer("verdicts")).verdicts.verdicts
@@ -90,22 +91,25 @@ async def put(
 
 
 async def _encode(
-    source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline
+    source: Source, chunks: Sequence[Chunk], executor: Executor, coder: DeadlineCoder
 ) -> list[bytes | None]:
     """One object a chunk; None for what the node holds. Raises DeadlineExceeded, with no encoder left running."""
 
     def encode(ref: ChunkRef) -> bytes:
-        if deadline.remaining() <= 0:
-            raise DeadlineExceeded("the call's deadline passed while encoding", seconds=deadline.seconds)
+        coder.check()
         first = ref.first_token - source.first_token
         return codec.encode(
             codec.token_slice(source.kv, first, first + ref.tokens), source.layout, quality=source.quality,
             first_position=ref.first_token, chunk_hash=ref.hash, part=source.part, provenance=source.provenance,
+            coder=coder,
         )  # fmt: skip
 
     loop = asyncio.get_running_loop()
     running = [None if chunk.held_bytes else loop.run_in_executor(executor, encode, chunk.ref) for chunk in chunks]
-    encoded = await asyncio.gather(*(future for future in running if future is not None), return_exceptions=True)
+    try:
+        encoded = await asyncio.gather(*(future for future in running if future is not None), return_exceptions=True)
+    finally:
+        coder.stop()  # where the caller has gone away
     for outcome in encoded:
         if isinstance(outcome, BaseException):
             raise outcome
