@@ -138,7 +138,8 @@ def _to_numpy(array: Any) -> npt.NDArray[Any]:
     try:
         name, bits = _native.view_bits(array)
     except (TypeError, BufferError) as error:
-        raise LayoutError(f"kv's memory cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise LayoutError(f"kv's memory cannot be read: {reason}") from error
     if name not in _NUMPY_DTYPES:
         raise LayoutError("kv has a dtype that kvstore does not store", dtype=name)
     return np.asarray(bits).view(_NUMPY_DTYPES[name])

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvstore.cli.outcome import CommandFailed, ExitCode
-from kvstore.errors import ConfigError, KvStoreError, ListenError
+from kvstore.errors import ConfigError, DiskUnusable, KvStoreError, ListenError
 
 app = typer.Typer(
     add_completion=False,
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
     except CommandFailed as error:
         return _fail(str(error), error.exit_code)
     except KvStoreError as error:
-        return _fail(str(error), ExitCode.USAGE if isinstance(error, ListenError) else ExitCode.PROBLEM)
+        return _fail(str(error), ExitCode.USAGE if isinstance(error, ListenError | DiskUnusable) else ExitCode.PROBLEM)
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         sys.stdout = None
         return ExitCode.OK

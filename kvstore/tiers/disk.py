@@ -61,7 +61,9 @@ class DiskTier:
                 self.close()
                 raise
         except OSError as error:
-            raise DiskUnusable(f"disk_path {root} cannot be used: {error.strerror}") from error
+            raise DiskUnusable(
+                f"disk_path {root} cannot be used: {error.strerror}: choose a directory that this process may write"
+            ) from error
 
     @property
     def used_bytes(self) -> int:

@@ -127,6 +127,17 @@ def test_a_taken_metrics_port_is_one_line() -> None:
     assert "--metrics-listen" in error_line(done, USAGE)
 
 
+def test_a_disk_path_that_cannot_be_used_is_one_line(start_node: Callable[..., NodeProcess], tmp_path: Path) -> None:
+    start_node("--disk-path", str(tmp_path / "disk"))
+    quiet = ("serve", "--listen", "127.0.0.1:0", "--log-level", "error")
+    taken = run(*quiet, "--disk-path", str(tmp_path / "disk"))
+    assert "in use by another node" in error_line(taken, USAGE)
+    (tmp_path / "file").write_text("precious")
+    blocked = run(*quiet, "--disk-path", str(tmp_path / "file"))
+    assert "choose a directory" in error_line(blocked, USAGE)
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 def test_unix_sockets(start_node: Callable[..., NodeProcess], tmp_path: Path) -> None:
     path = tmp_path / "kv.sock"
     first = start_node(listen=f"unix:{path}")
