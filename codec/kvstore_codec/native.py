@@ -28,13 +28,15 @@ _NOT_FINITE = len(_PROBLEMS) + 1
 
 
 class NativeCoder:
-    """Stateless; safe to share between threads, which run in parallel (the GIL is released)."""
+    """Stateless; safe to share between threads, which run in parallel (the GIL is released).
 
-    def __init__(self) -> None:
+    `vector`: whether to use AVX-512 (None: where the CPU has it); the bytes and values are the same."""
+
+    def __init__(self, *, vector: bool | None = None) -> None:
         self._coder = _native.Coder(
             tables.VALUES.freq.astype(np.uint16), tables.DIGITS.freq.astype(np.uint16), tables.CENTROIDS,
             tables.SCALE_THRESHOLDS, tables.SCALE_VARIANCES, tables.EXPONENTS.freq.astype(np.uint16),
-            SYMBOL_COSTS.astype(np.int32),
+            SYMBOL_COSTS.astype(np.int32), _native.has_avx512() if vector is None else vector,
         )  # fmt: skip
 
     def drain_tokens(self, k: Plane, v: Plane, sinks: int, dtype: str) -> npt.NDArray[np.uint16]:

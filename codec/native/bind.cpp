@@ -12,6 +12,7 @@
 #include <tuple>
 #include <utility>
 
+#include "decode_avx512.hpp"
 #include "lossless.hpp"
 #include "lossy.hpp"
 
@@ -117,8 +118,11 @@ SlotTable slot_table(const U16Table& frequencies, bool with_slots) {
 class Coder {
   public:
     Coder(const U16Table& values, const U16Table& digits, const FloatTable& centroids, const DoubleArray& thresholds,
-          const DoubleArray& variances, const U16Table& exponents, const I32Table& costs)
-        : lossy_(lossy_tables(values, digits, centroids, thresholds, variances)), lossless_(lossless_tables(exponents, costs)) {}
+          const DoubleArray& variances, const U16Table& exponents, const I32Table& costs, bool vector)
+        : lossy_(lossy_tables(values, digits, centroids, thresholds, variances), vector),
+          lossless_(lossless_tables(exponents, costs)) {
+        if (vector && !avx512::supported()) throw nb::value_error("this CPU has no AVX-512");
+    }
 
     nb::ndarray<nb::numpy, u16, nb::ndim<1>> drain_tokens(const AnyArray& k, const AnyArray& v, std::size_t sinks, int dtype) const {
         const Dtype type = static_cast<Dtype>(dtype);
@@ -219,11 +223,13 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // the coder is a module-level constant, alive when the interpreter ends
     m.def("view_bits", &view_bits, nb::arg("array").noconvert(),
           "(dtype name, the array's memory as unsigned integers of its element size, sharing it)");
+    m.def("has_avx512", &avx512::supported, "whether this build and this CPU have it");
     nb::class_<Coder>(m, "Coder", "Codes segments; see kvstore_codec.segments.SegmentCoder")
         .def(nb::init<const U16Table&, const U16Table&, const FloatTable&, const DoubleArray&, const DoubleArray&,
-                      const U16Table&, const I32Table&>(),
+                      const U16Table&, const I32Table&, bool>(),
              nb::arg("values"), nb::arg("digits"), nb::arg("centroids"), nb::arg("thresholds"), nb::arg("variances"),
-             nb::arg("exponents"), nb::arg("costs"))
+             nb::arg("exponents"), nb::arg("costs"), nb::arg("vector"),
+             "vector: use AVX-512; ValueError where `has_avx512()` is false")
         .def("drain_tokens", &Coder::drain_tokens, nb::arg("k").noconvert(), nb::arg("v").noconvert(), nb::arg("sinks"),
              nb::arg("dtype"))
         .def("encode_lossy", &Coder::encode_lossy, nb::arg("planes"), nb::arg("drains"), nb::arg("sinks"),

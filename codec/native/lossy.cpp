@@ -1,5 +1,9 @@
 #include "lossy.hpp"
 
+#include <limits>
+
+#include "decode_avx512.hpp"
+
 namespace kvstore {
 namespace {
 
@@ -344,9 +348,23 @@ Status LossyCodec::read_side(ByteView payload, std::span<const CodedPlane> plane
     return Status::ok;
 }
 
-Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
+std::size_t LossyCodec::decode_by_vector(StreamDecoder& stream, const Block& block, const Tokens& tokens,
+                                         Values& values, std::size_t stride) const {
+    using T = LossyTables;
+    const bool indexable = values.size() <= static_cast<std::size_t>(std::numeric_limits<i32>::max());
+    if (!vector_ || block.lanes < kLanes || !indexable) return 0;
+    avx512::WholeBlock whole{values.data(), {}, tokens};
+    for (std::size_t l = 0; l < kLanes; ++l) whole.bases[l] = static_cast<i32>(block.components[l] * stride);
+    if (!block.entry) return avx512::decode_digits(stream, whole, tables_.digits.freq.data(), block.rows);
+    std::array<i32, kLanes> offsets;
+    for (std::size_t l = 0; l < kLanes; ++l) offsets[l] = static_cast<i32>(block.rows[l] * kSlots);
+    return avx512::decode_values(stream, whole, tables_.values.slots.data(), offsets, T::kValueMax, T::kEscape);
+}
+
+Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const Tokens& all, Values& values,
                                 std::size_t stride) const {
     using T = LossyTables;
+    const std::span<const u32> tokens = std::span(all).subspan(decode_by_vector(stream, block, all, values, stride));
     std::array<i32*, kLanes> lanes;
     std::array<u8, kLanes> symbols;
     for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l)

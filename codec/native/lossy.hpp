@@ -59,7 +59,8 @@ struct Statistics {
 
 class LossyCodec {
   public:
-    explicit LossyCodec(LossyTables tables) : tables_(std::move(tables)) {}
+    // `vector`: use the CPU's vector instructions, which must be there.
+    LossyCodec(LossyTables tables, bool vector) : tables_(std::move(tables)), vector_(vector) {}
 
     // Payloads of quality layers 0…levels−1.
     Status encode(std::span<const CodedPlane> planes, std::span<const u16> drains, std::size_t sinks, Dtype dtype,
@@ -81,6 +82,9 @@ class LossyCodec {
                           int level, const TokenClasses& classes) const;
     Status decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
                         std::size_t stride) const;
+    // The first tokens of a block by vector instructions; returns how many.
+    std::size_t decode_by_vector(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
+                                 std::size_t stride) const;
     void reconstruct(const CodedPlane& coded, const Statistics& statistics, const i32* values,
                      const TokenClasses& classes, int level, Dtype dtype) const;
     // Reads side information; `at` becomes where the streams start.
@@ -88,6 +92,7 @@ class LossyCodec {
                      std::vector<u16>& drains, std::vector<Statistics>& statistics, std::size_t& at) const;
 
     LossyTables tables_;
+    bool vector_;
 };
 
 }  // namespace kvstore

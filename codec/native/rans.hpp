@@ -123,6 +123,13 @@ class StreamDecoder {
         at_ += 2;
         return true;
     }
+    // For vector code, which keeps the states in registers and moves on by itself.
+    std::array<u32, kLanes>& states() { return states_; }
+    const u8* position() const { return at_; }
+    const u8* end() const { return end_; }
+    std::size_t bytes_left() const { return static_cast<std::size_t>(end_ - at_); }
+    void move_to(const u8* at) { at_ = at; }
+
     Status finish() const {
         const bool even = at_ == end_ && std::all_of(states_.begin(), states_.end(), [](u32 x) { return x == kStateMin; });
         return even ? Status::ok : Status::stream_end;

@@ -14,7 +14,9 @@ import kvstore_codec as codec
 from kvstore_codec.native import NativeCoder
 from kvstore_codec.reference.coder import ReferenceCoder
 
-both_coders = pytest.mark.parametrize("coder", [NativeCoder(), ReferenceCoder()], ids=["native", "reference"])
+every_coder = pytest.mark.parametrize(
+    "coder", [NativeCoder(), NativeCoder(vector=False), ReferenceCoder()], ids=["native", "scalar", "reference"]
+)
 every_case = pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case.name)
 
 
@@ -23,14 +25,14 @@ def test_no_case_is_missing_and_none_is_left_over() -> None:
 
 
 @every_case
-@both_coders
+@every_coder
 def test_encoding_gives_the_stored_bytes(case: golden.Case, coder: Any) -> None:
     stored = (golden.OBJECTS / case.name / "encoded.kvc").read_bytes()
     assert codec.encode(golden.read_input(case), case.layout, coder=coder, **case.arguments()) == stored
 
 
 @every_case
-@both_coders
+@every_coder
 def test_stored_bytes_decode_to_what_they_did(case: golden.Case, coder: Any) -> None:
     stored = (golden.OBJECTS / case.name / "encoded.kvc").read_bytes()
     config = json.loads((golden.OBJECTS / case.name / "config.json").read_text())
