@@ -12,7 +12,7 @@
 #include <tuple>
 #include <utility>
 
-#include "decode_avx512.hpp"
+#include "avx512.hpp"
 #include "lossless.hpp"
 #include "lossy.hpp"
 

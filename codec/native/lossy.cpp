@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "decode_avx512.hpp"
+#include "avx512.hpp"
 
 namespace kvstore {
 namespace {
@@ -12,6 +12,7 @@ constexpr float kDrainScale = 0.125f;
 constexpr int kMeanMax = 2047, kMeanShiftMax = 31, kRawMax = 32767;
 constexpr double kRmsMin = 0x1p-100, kRmsToPeakMin = 0x1p-20, kRmsToPeakMinDrains = 0x1p-9, kMagnitudeMax = 0x1p100;
 constexpr float kStepMax = 0x1p100f;  // also of a mean's unit: nothing decoded can overflow a float
+constexpr float kRound = 0x1.8p23f;  // added and taken off, it leaves the nearest integer (ties to even) below 2^22
 constexpr std::size_t kStatisticsBits = 18;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
 
@@ -104,6 +105,18 @@ struct LossyCodec::Block {
     std::array<u16, kLanes> rows;
     int lanes;
     bool entry, drain;
+
+    // Of a whole block: where each lane's component begins in Values, and its table among tables of `entries`.
+    std::array<i32, kLanes> starts(std::size_t stride) const {
+        std::array<i32, kLanes> at;
+        for (std::size_t l = 0; l < kLanes; ++l) at[l] = static_cast<i32>(components[l] * stride);
+        return at;
+    }
+    std::array<i32, kLanes> tables(std::size_t entries) const {
+        std::array<i32, kLanes> at;
+        for (std::size_t l = 0; l < kLanes; ++l) at[l] = static_cast<i32>(rows[l] * entries);
+        return at;
+    }
 };
 
 Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t channels, const TokenClasses& classes,
@@ -227,6 +240,7 @@ void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t st
         for (std::size_t index = last; index-- > first;) {
             const Block& block = coded[index];
             const Tokens& list = classes.of(block.drain);
+            if (encode_by_vector(encoder, block, list, values, stride)) continue;
             for (auto token = list.rbegin(); token != list.rend(); ++token) {
                 encoder.reserve_step();
                 std::array<u8, kLanes> symbol;
@@ -284,8 +298,9 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
         for (std::size_t token = sinks; token < tokens; ++token) {
             float* row = flat.data() + token * channels;
             row_to_float(plane.row(token), channels, dtype, row);
-            for (std::size_t c = 0; c < channels; ++c)
-                if (!(std::fabs(row[c]) < static_cast<float>(kMagnitudeMax))) return Status::not_finite;
+            bool sane = true;
+            for (std::size_t c = 0; c < channels; ++c) sane &= std::fabs(row[c]) < static_cast<float>(kMagnitudeMax);
+            if (!sane) return Status::not_finite;
             if (coded.rotation.pairs > 0) rotate_row(row, plane.heads, plane.dim, coded.rotation, token, -1.0f);
         }
         const Statistics& measured =
@@ -293,13 +308,15 @@ Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u1
         write_statistics(side, measured);
         values.resize((first + channels) * stride, 0);
         const float step = level_step(measured.step, levels - 1);
+        std::vector<float> means(channels);
+        for (std::size_t c = 0; c < channels; ++c) means[c] = measured.mean(c);
         for (const bool drain : {false, true}) {
             const float inverse = 1.0f / (drain ? step * kDrainScale : step);
             for (const u32 token : classes.of(drain)) {
                 const float* row = flat.data() + token * channels;
                 for (std::size_t c = 0; c < channels; ++c) {
-                    const float scaled = std::clamp((row[c] - measured.mean(c)) * inverse, -limit, limit);
-                    values[(first + c) * stride + token] = static_cast<i32>(std::nearbyint(scaled));
+                    const float scaled = std::clamp((row[c] - means[c]) * inverse, -limit, limit);
+                    values[(first + c) * stride + token] = static_cast<i32>((scaled + kRound) - kRound);
                 }
             }
         }
@@ -348,17 +365,30 @@ Status LossyCodec::read_side(ByteView payload, std::span<const CodedPlane> plane
     return Status::ok;
 }
 
+bool LossyCodec::for_vector(const Block& block, const Values& values) const {
+    return vector_ && block.lanes == kLanes && values.size() <= static_cast<std::size_t>(std::numeric_limits<i32>::max());
+}
+
+bool LossyCodec::encode_by_vector(StreamEncoder& stream, const Block& block, const Tokens& tokens, const Values& values,
+                                  std::size_t stride) const {
+    using T = LossyTables;
+    if (!for_vector(block, values)) return false;
+    const avx512::WholeBlock<const i32> whole{values.data(), block.starts(stride), tokens};
+    if (block.entry)
+        avx512::encode_values(stream, whole, tables_.values.codes.data(), block.tables(tables_.values.symbols), T::kValueMax,
+                              kRawMax, T::kEscape);
+    else
+        avx512::encode_digits(stream, whole, tables_.digits.codes.data(), block.rows);
+    return true;
+}
+
 std::size_t LossyCodec::decode_by_vector(StreamDecoder& stream, const Block& block, const Tokens& tokens,
                                          Values& values, std::size_t stride) const {
     using T = LossyTables;
-    const bool indexable = values.size() <= static_cast<std::size_t>(std::numeric_limits<i32>::max());
-    if (!vector_ || block.lanes < kLanes || !indexable) return 0;
-    avx512::WholeBlock whole{values.data(), {}, tokens};
-    for (std::size_t l = 0; l < kLanes; ++l) whole.bases[l] = static_cast<i32>(block.components[l] * stride);
+    if (!for_vector(block, values)) return 0;
+    const avx512::WholeBlock<i32> whole{values.data(), block.starts(stride), tokens};
     if (!block.entry) return avx512::decode_digits(stream, whole, tables_.digits.freq.data(), block.rows);
-    std::array<i32, kLanes> offsets;
-    for (std::size_t l = 0; l < kLanes; ++l) offsets[l] = static_cast<i32>(block.rows[l] * kSlots);
-    return avx512::decode_values(stream, whole, tables_.values.slots.data(), offsets, T::kValueMax, T::kEscape);
+    return avx512::decode_values(stream, whole, tables_.values.slots.data(), block.tables(kSlots), T::kValueMax, T::kEscape);
 }
 
 Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const Tokens& all, Values& values,

@@ -82,7 +82,10 @@ class LossyCodec {
                           int level, const TokenClasses& classes) const;
     Status decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
                         std::size_t stride) const;
-    // The first tokens of a block by vector instructions; returns how many.
+    // Whether vector code may take a block; all of it where encoding, its first tokens (how many) where decoding.
+    bool for_vector(const Block& block, const Values& values) const;
+    bool encode_by_vector(StreamEncoder& stream, const Block& block, const Tokens& tokens, const Values& values,
+                          std::size_t stride) const;
     std::size_t decode_by_vector(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
                                  std::size_t stride) const;
     void reconstruct(const CodedPlane& coded, const Statistics& statistics, const i32* values,

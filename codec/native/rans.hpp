@@ -18,6 +18,7 @@ namespace kvstore {
 struct SlotTable {
     std::size_t symbols = 0;
     std::vector<u16> freq, start;
+    std::vector<u32> codes;  // both: frequency | start << 16
     std::vector<u32> slots;
 
     // `frequencies` is [tables, symbols]; false unless every row sums to 2^12 and every symbol fits a byte.
@@ -25,6 +26,7 @@ struct SlotTable {
         symbols = symbol_count;
         freq.assign(frequencies.begin(), frequencies.end());
         start.resize(freq.size());
+        codes.resize(freq.size());
         const std::size_t tables = freq.size() / symbols;
         if (with_slots) slots.resize(tables * kSlots);
         for (std::size_t table = 0; table < tables; ++table) {
@@ -32,6 +34,7 @@ struct SlotTable {
             for (std::size_t symbol = 0; symbol < symbols; ++symbol) {
                 const std::size_t index = table * symbols + symbol;
                 start[index] = static_cast<u16>(at);
+                codes[index] = freq[index] | at << 16;
                 if (at + freq[index] > kSlots) return false;
                 if (with_slots) {
                     for (u32 bias = 0; bias < freq[index]; ++bias) {
@@ -65,6 +68,11 @@ class StreamEncoder {
         states_[static_cast<std::size_t>(lane)] = (x / freq << kSlotBits) + x % freq + start;
     }
     void put_raw(u16 word) { words_[count_++] = word; }
+
+    // For vector code, which keeps the states in registers: up to 16 words at a time are written at `room`.
+    std::array<u32, kLanes>& states() { return states_; }
+    u16* room() { return words_.data() + count_; }
+    void added(std::size_t words) { count_ += words; }
 
     // Appends states and words, in decoding order; returns the number of words.
     u32 finish(Bytes& out) const {
