@@ -46,6 +46,8 @@ def prefill(tokens: int) -> npt.NDArray[np.uint16]:
     """The KV of the texts' first `tokens` tokens. Raises ModuleNotFoundError, FileNotFoundError (the weights)."""
     import torch
 
+    from kvstore_client.integrations.transformers import kv_from_cache, layout_for
+
     model, tokenizer = smollm2.load(REPOSITORY / ".cache/models")
     assert model.config.rope_parameters == {"rope_theta": ROPE_THETA, "rope_type": "default"}
     text = "\n".join(source.read_text(encoding="utf-8") for source in TEXTS)
@@ -54,8 +56,8 @@ def prefill(tokens: int) -> npt.NDArray[np.uint16]:
         raise SystemExit(f"bench: the texts have {len(ids)} tokens: ask for no more with --tokens")
     with torch.inference_mode():
         cache = model.model(torch.tensor([ids]), use_cache=True).past_key_values
-    pairs = [torch.stack((layer.keys[0], layer.values[0])) for layer in cache.layers]
-    kv = torch.stack(pairs).transpose(2, 3).contiguous()  # heads came before tokens
+    pairs = kv_from_cache(cache, layout_for(model, revision="bench"))
+    kv = torch.stack([torch.stack(pair) for pair in pairs])
     assert kv.dtype == torch.bfloat16
     assert kv.shape[2] == tokens
     bits: npt.NDArray[np.uint16] = kv.view(torch.uint16).numpy()

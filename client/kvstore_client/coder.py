@@ -14,10 +14,8 @@ import numpy.typing as npt
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded
 from kvstore_codec.arrays import Plane
-from kvstore_codec.native import NativeCoder
-from kvstore_codec.segments import CodedPlane, SegmentCoder
-
-_NATIVE: SegmentCoder = NativeCoder()
+from kvstore_codec.native import NATIVE
+from kvstore_codec.segments import CodedPlane
 
 
 class DeadlineCoder:
@@ -37,24 +35,24 @@ class DeadlineCoder:
 
     def drain_tokens(self, k: Plane, v: Plane, sinks: int, dtype: str) -> npt.NDArray[np.uint16]:
         self.check()
-        return _NATIVE.drain_tokens(k, v, sinks, dtype)
+        return NATIVE.drain_tokens(k, v, sinks, dtype)
 
     def encode_lossy(
         self, planes: Sequence[CodedPlane], drains: npt.NDArray[np.uint16], sinks: int, dtype: str, levels: int
     ) -> list[bytes]:
         self.check()
-        return _NATIVE.encode_lossy(planes, drains, sinks, dtype, levels)
+        return NATIVE.encode_lossy(planes, drains, sinks, dtype, levels)
 
     def decode_lossy(
         self, payloads: Sequence[memoryview], planes: Sequence[CodedPlane], sinks: int, dtype: str
     ) -> None:
         self.check()
-        _NATIVE.decode_lossy(payloads, planes, sinks, dtype)
+        NATIVE.decode_lossy(payloads, planes, sinks, dtype)
 
     def encode_lossless(self, planes: Sequence[Plane], dtype: str) -> bytes:
         self.check()
-        return _NATIVE.encode_lossless(planes, dtype)
+        return NATIVE.encode_lossless(planes, dtype)
 
     def decode_lossless(self, payload: memoryview, planes: Sequence[Plane], dtype: str) -> None:
         self.check()
-        _NATIVE.decode_lossless(payload, planes, dtype)
+        NATIVE.decode_lossless(payload, planes, dtype)

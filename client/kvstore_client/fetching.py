@@ -27,10 +27,9 @@ from kvstore_client.errors import (
 from kvstore_client.results import ChunkHit
 from kvstore_codec import KVArray, KVLayout, Quality
 from kvstore_proto.v1 import store_pb2 as pb
-from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
+from kvstore_proto.v1.framing import DATA_BYTES_MAX, HASHES_MAX, Framed
 
 DECODES_MAX = 4  # objects received and not yet decoded
-CHUNKS_MAX = 4096  # of one stream, as the node limits it
 
 
 @dataclass(frozen=True)
@@ -96,8 +95,8 @@ async def _objects(
     node: Node, wanted: Wanted, lease_ids: Sequence[bytes], deadline: Deadline, count_received: Callable[[int], None]
 ) -> AsyncGenerator[memoryview, None]:
     """Whole objects in the order of `wanted.chunks`; ends early where the node has no more."""
-    for number, first in enumerate(range(0, len(wanted.chunks), CHUNKS_MAX)):
-        part = replace(wanted, chunks=wanted.chunks[first : first + CHUNKS_MAX])
+    for number, first in enumerate(range(0, len(wanted.chunks), HASHES_MAX)):
+        part = replace(wanted, chunks=wanted.chunks[first : first + HASHES_MAX])
         lease_id = lease_ids[number] if number < len(lease_ids) else b""
         came = 0
         async with aclosing(_stream(node, part, lease_id, deadline, count_received)) as objects:

@@ -9,12 +9,10 @@ from kvstore_client.connection import timeout_s as remaining_s
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ProtocolViolation
 from kvstore_client.results import ChunkHit, Hit, Lease
-from kvstore_codec import ChunkRef, KVLayout, Quality
+from kvstore_codec import ChunkRef, KVLayout, Quality, object_bytes_max
 from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import HASHES_MAX
 
-LOOKUP_CHUNKS_MAX = 4096  # in one call, as the node limits it
-#: No object is larger than this many times the KV that it holds, and a MiB; a node that says so lies.
-OBJECT_OVERHEAD_FACTOR, OBJECT_OVERHEAD_BYTES = 4, 1 << 20
 _QUALITIES = frozenset(Quality)
 
 
@@ -26,8 +24,8 @@ async def lookup(
     found: list[ChunkHit] = []
     lease_ids: list[bytes] = []
     granted_ms = lease_ms
-    for first in range(0, len(refs), LOOKUP_CHUNKS_MAX):
-        asked = refs[first : first + LOOKUP_CHUNKS_MAX]
+    for first in range(0, len(refs), HASHES_MAX):
+        asked = refs[first : first + HASHES_MAX]
         request = pb.LookupRequest(
             namespace_id=layout.namespace_id, chunk_hashes=b"".join(ref.hash for ref in asked), part=part,
             lease_ms=lease_ms,
@@ -51,7 +49,7 @@ def _hit(node: Node, layout: KVLayout, part: int, ref: ChunkRef, status: pb.Chun
     sane = (
         status.tokens == ref.tokens
         and {status.quality, status.provenance} <= _QUALITIES
-        and 0 < status.stored_bytes <= raw_bytes * OBJECT_OVERHEAD_FACTOR + OBJECT_OVERHEAD_BYTES
+        and 0 < status.stored_bytes <= object_bytes_max(raw_bytes)
     )
     if not sane:
         raise ProtocolViolation(

@@ -20,13 +20,13 @@ from kvstore_client.session import Session
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Quality
 from kvstore_codec.arrays import planes
 from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import HASHES_MAX
 
 TokenIds = Sequence[int] | npt.ArrayLike
 LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
 LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
-DELETE_CHUNKS_MAX = 4096  # in one call, as the node limits it
 
 
 class AsyncNamespace:
@@ -63,8 +63,7 @@ class AsyncNamespace:
         is worse, by its own coding or because of the prefix that it was computed on, is a miss; for exact KV ask for
         min_quality="lossless". `out`: an array to decode into, in any form that `codec.encode` takes, with room for
         some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
-        lies behind them is unspecified. Without it, a
-        new numpy array (or list of (k, v) where layers differ).
+        lies behind them is unspecified. Without it, a new numpy array (or list of (k, v) where layers differ).
 
         Nothing writes to `out` after this returns or is cancelled.
         """
@@ -132,10 +131,10 @@ class AsyncNamespace:
     async def _delete(self, seed: str, hashes: Sequence[bytes], limit: Deadline) -> AsyncIterator[tuple[int, int]]:
         """(objects, bytes) removed from one seed, a call at a time. Raises the typed error of a failed call."""
         node = self._session.connections.node(seed)
-        for first in range(0, len(hashes) or 1, DELETE_CHUNKS_MAX):
+        for first in range(0, len(hashes) or 1, HASHES_MAX):
             request = pb.DeleteRequest(
                 namespace_id=self.layout.namespace_id, part=self.part,
-                chunk_hashes=b"".join(hashes[first : first + DELETE_CHUNKS_MAX]),
+                chunk_hashes=b"".join(hashes[first : first + HASHES_MAX]),
             )  # fmt: skip
             async with failures(node):
                 answer = understood(node, await node.stub.Delete(request, timeout=timeout_s(limit)))

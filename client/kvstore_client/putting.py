@@ -15,11 +15,9 @@ from kvstore_client.errors import ProtocolViolation, one_line
 from kvstore_client.put_stream import PutStream, put_stream
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
 from kvstore_proto.v1 import store_pb2 as pb
-from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
+from kvstore_proto.v1.framing import DATA_BYTES_MAX, OFFERED_OBJECTS_MAX, Framed
 
-#: One put stream carries at most this many objects (as the node limits it) and about so much KV (what is encoded at a
-#: time is held in memory on both sides).
-OBJECTS_MAX = 2048
+#: One put stream carries about so much KV: what is encoded at a time is held in memory on both sides.
 RAW_BYTES_MAX = 256 << 20
 _VERDICTS = {pb.VERDICT_SEND, pb.VERDICT_HAVE, pb.VERDICT_REFUSED}
 _OUTCOMES = {pb.OUTCOME_STORED, pb.OUTCOME_HAVE, pb.OUTCOME_REJECTED}
@@ -60,7 +58,7 @@ class Stored:
 def batches(source: Source, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]]:
     """`chunks` in the order given, cut into what one put stream carries."""
     raw_bytes = source.layout.chunk_tokens * source.layout.part_layout(source.part).bytes_per_token
-    size = max(1, min(OBJECTS_MAX, RAW_BYTES_MAX // max(1, raw_bytes)))
+    size = max(1, min(OFFERED_OBJECTS_MAX, RAW_BYTES_MAX // max(1, raw_bytes)))
     return (chunks[first : first + size] for first in range(0, len(chunks), size))
 
 

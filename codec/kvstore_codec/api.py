@@ -18,7 +18,7 @@ from kvstore_codec.arrays import KVArray, Plane
 from kvstore_codec.container import Buffer, CodecId, Flags, NewSegment, ObjectHeader, ObjectInfo, SegmentInfo
 from kvstore_codec.errors import DamagedObject, ErrorCode, ForeignObject, LayoutError
 from kvstore_codec.layout import KVLayout
-from kvstore_codec.native import NativeCoder
+from kvstore_codec.native import NATIVE
 from kvstore_codec.quality import Quality
 from kvstore_codec.rope import rotation_for
 from kvstore_codec.segments import CodedPlane, SegmentCoder, SegmentGroup, segment_groups
@@ -34,13 +34,12 @@ DRAIN_TOKENS_DIVISOR = 2
 
 T = TypeVar("T")
 R = TypeVar("R")
-_NATIVE: SegmentCoder = NativeCoder()
 
 
 def encode(
     kv: KVArray, layout: KVLayout, *, quality: str | Quality = "high", first_position: int = 0,
     chunk_hash: bytes = bytes(32), part: int = 0, provenance: str | Quality = "raw", threads: int = 1,
-    coder: SegmentCoder = _NATIVE,
+    coder: SegmentCoder = NATIVE,
 ) -> bytes:  # fmt: skip
     """One object from one chunk of KV.
 
@@ -95,7 +94,7 @@ def encode(
 
 def decode(
     blob: Buffer, layout: KVLayout, *, quality: str | Quality | None = None, out: KVArray | None = None,
-    chunk_hash: bytes | None = None, part: int | None = None, threads: int = 1, coder: SegmentCoder = _NATIVE,
+    chunk_hash: bytes | None = None, part: int | None = None, threads: int = 1, coder: SegmentCoder = NATIVE,
 ) -> KVArray:  # fmt: skip
     """The KV of one object, or of a prefix of one that ends with a quality layer.
 

@@ -35,7 +35,15 @@ SEGMENTS_MAX = LAYERS_MAX * 2 * QUALITY_LAYERS_MAX
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPE_BYTES)}
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 
+#: An object may exceed the KV it holds: tables of tiny chunks, incompressible values. Beyond this it is no object.
+_OVERHEAD_FACTOR, _OVERHEAD_BYTES = 4, 1 << 20
+
 Buffer = bytes | bytearray | memoryview
+
+
+def object_bytes_max(raw_bytes: int) -> int:
+    """Longest that an object of `raw_bytes` of KV may be: what is claimed beyond it, in peers' messages, is a lie."""
+    return raw_bytes * _OVERHEAD_FACTOR + _OVERHEAD_BYTES
 
 
 class CodecId(IntEnum):

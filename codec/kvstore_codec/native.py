@@ -12,7 +12,7 @@ from kvstore_codec import _native, tables
 from kvstore_codec.arrays import Plane, contiguous_rows
 from kvstore_codec.errors import DamagedObject, ErrorCode, ValuesError
 from kvstore_codec.reference.lossless import SYMBOL_COSTS
-from kvstore_codec.segments import CodedPlane
+from kvstore_codec.segments import CodedPlane, SegmentCoder
 
 _DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 
@@ -69,6 +69,10 @@ class NativeCoder:
     def decode_lossless(self, payload: memoryview, planes: Sequence[Plane], dtype: str) -> None:
         buffer = np.frombuffer(payload, np.uint8)
         _into_rows(planes, lambda rows: self._coder.decode_lossless(buffer, rows, _DTYPES[dtype]))
+
+
+#: The one that everybody uses: its tables take some milliseconds and a megabyte to make.
+NATIVE: SegmentCoder = NativeCoder()
 
 
 def _argument(plane: CodedPlane, rows: Plane) -> Any:

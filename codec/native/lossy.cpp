@@ -230,47 +230,50 @@ std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const Statistics> st
     return out;
 }
 
+// Backwards, as the encoder goes: the last token first.
+void LossyCodec::encode_block(StreamEncoder& encoder, const Block& block, const Tokens& tokens, const Values& values,
+                              std::size_t stride) const {
+    using T = LossyTables;
+    if (encode_by_vector(encoder, block, tokens, values, stride)) return;
+    for (auto token = tokens.rbegin(); token != tokens.rend(); ++token) {
+        encoder.reserve_step();
+        std::array<u8, kLanes> symbol;
+        std::array<u16, kLanes> row;
+        for (int lane = block.lanes; lane-- > 0;) {
+            const auto l = static_cast<std::size_t>(lane);
+            const i32 value = values[block.components[l] * stride + *token];
+            if (block.entry) {
+                const i32 kept = std::clamp(value, -kRawMax, kRawMax);
+                row[l] = block.rows[l];
+                int s = std::abs(kept) <= T::kValueMax ? kept + T::kValueMax : T::kEscape;
+                if (tables_.values.freq[row[l] * tables_.values.symbols + static_cast<std::size_t>(s)] == 0)
+                    s = T::kEscape;
+                symbol[l] = static_cast<u8>(s);
+                if (s == T::kEscape) encoder.put_raw(static_cast<u16>(kept));
+            } else {
+                const i32 coarse = third(value);
+                const i32 digit = value - 3 * coarse;
+                row[l] = static_cast<u16>(block.rows[l] + std::min(std::abs(coarse), 2));
+                symbol[l] = static_cast<u8>((coarse < 0 ? -digit : digit) + 1);
+            }
+        }
+        const SlotTable& table = block.entry ? tables_.values : tables_.digits;
+        for (int lane = block.lanes; lane-- > 0;) {
+            const auto l = static_cast<std::size_t>(lane);
+            const std::size_t at = row[l] * table.symbols + symbol[l];
+            encoder.put(lane, table.freq[at], table.start[at]);
+        }
+    }
+}
+
 void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,
                                 int level, const TokenClasses& classes) const {
-    using T = LossyTables;
     const std::vector<Block> coded = blocks(statistics, level, !classes.drains.empty());
     i64 symbols = 0;
     for (const Block& block : coded) symbols += block.lanes * static_cast<i64>(classes.of(block.drain).size());
     const auto encode = [&](std::size_t first, std::size_t last, StreamEncoder& encoder) {
-        for (std::size_t index = last; index-- > first;) {
-            const Block& block = coded[index];
-            const Tokens& list = classes.of(block.drain);
-            if (encode_by_vector(encoder, block, list, values, stride)) continue;
-            for (auto token = list.rbegin(); token != list.rend(); ++token) {
-                encoder.reserve_step();
-                std::array<u8, kLanes> symbol;
-                std::array<u16, kLanes> row;
-                for (int lane = block.lanes; lane-- > 0;) {
-                    const auto l = static_cast<std::size_t>(lane);
-                    const i32 value = values[block.components[l] * stride + *token];
-                    if (block.entry) {
-                        const i32 kept = std::clamp(value, -kRawMax, kRawMax);
-                        row[l] = block.rows[l];
-                        int s = std::abs(kept) <= T::kValueMax ? kept + T::kValueMax : T::kEscape;
-                        if (tables_.values.freq[row[l] * tables_.values.symbols + static_cast<std::size_t>(s)] == 0)
-                            s = T::kEscape;
-                        symbol[l] = static_cast<u8>(s);
-                        if (s == T::kEscape) encoder.put_raw(static_cast<u16>(kept));
-                    } else {
-                        const i32 coarse = third(value);
-                        const i32 digit = value - 3 * coarse;
-                        row[l] = static_cast<u16>(block.rows[l] + std::min(std::abs(coarse), 2));
-                        symbol[l] = static_cast<u8>((coarse < 0 ? -digit : digit) + 1);
-                    }
-                }
-                const SlotTable& table = block.entry ? tables_.values : tables_.digits;
-                for (int lane = block.lanes; lane-- > 0;) {
-                    const auto l = static_cast<std::size_t>(lane);
-                    const std::size_t at = row[l] * table.symbols + symbol[l];
-                    encoder.put(lane, table.freq[at], table.start[at]);
-                }
-            }
-        }
+        for (std::size_t index = last; index-- > first;)
+            encode_block(encoder, coded[index], classes.of(coded[index].drain), values, stride);
     };
     join_streams(out, coded.size(), symbols, encode);
 }

@@ -78,6 +78,8 @@ class LossyCodec {
     static std::vector<Block> blocks(std::span<const Statistics> statistics, int level, bool drains);
     void encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,
                         int level, const TokenClasses& classes) const;
+    void encode_block(StreamEncoder& encoder, const Block& block, const Tokens& tokens, const Values& values,
+                      std::size_t stride) const;
     Status decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const Statistics> statistics,
                           int level, const TokenClasses& classes) const;
     Status decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,

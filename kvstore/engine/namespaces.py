@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from kvstore.errors import InvalidRequest
-from kvstore_codec import KVLayout, namespace_id_of
+from kvstore_codec import KVLayout, LayoutError, namespace_id_of
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Namespaces:
             raise InvalidRequest("this node holds no more namespaces: purge one first", limit=NAMESPACES_MAX)
         try:
             return KVLayout.from_canonical_bytes(layout_bytes)
-        except ValueError as error:  # LayoutError, and what the JSON parser makes of absurd numbers
+        except LayoutError as error:
             raise InvalidRequest(f"bad layout: {error}") from None
 
     def remember(self, layout: KVLayout) -> bool:
@@ -79,7 +79,7 @@ class Namespaces:
             return
         try:
             layout = KVLayout.from_canonical_bytes(path.read_bytes())
-        except ValueError:  # LayoutError, and what the JSON parser makes of absurd numbers
+        except LayoutError:
             layout = None
         if layout is None or path.name != f"{layout.namespace_id.hex()}.json":
             log.warning("removed %s: not a layout", path)

@@ -44,9 +44,6 @@ __all__ = [
     "Stage", "TierStat", "Verdict", "VerifyProgress",
 ]  # fmt: skip
 
-#: An object may exceed the KV it holds: tables of tiny chunks, incompressible values. Beyond this it is no object.
-OVERHEAD_FACTOR, OVERHEAD_BYTES = 4, 1 << 20
-
 
 class Node:
     """Made by `open`, ended by `aclose`."""
@@ -215,7 +212,7 @@ class Node:
     def _object_bytes_max(self, layout: KVLayout, part: int) -> int:
         raw_bytes = layout.chunk_tokens * layout.part_layout(part).bytes_per_token
         capacity = max(tier.capacity_bytes for tier in self._holdings.tiers)
-        return min(self._config.object_bytes_max, raw_bytes * OVERHEAD_FACTOR + OVERHEAD_BYTES, capacity)
+        return min(self._config.object_bytes_max, codec.object_bytes_max(raw_bytes), capacity)
 
     def _release(self, objects: int, size: int) -> None:
         self._staged_objects -= objects
@@ -223,26 +220,29 @@ class Node:
 
     def _remember(self, layout: KVLayout) -> None:
         """Keeps a layout; on disk in order before the objects that follow."""
-        if self._namespaces.remember(layout) and self._holdings.queue is not None:
-            self._holdings.queue.start(lambda: self._save(layout))
+        if self._namespaces.remember(layout):
+            self._on_disk(
+                lambda: self._namespaces.save(layout), "a layout cannot be saved: %s; lists show no model for it"
+            )
 
     def _forget(self, namespace_id: bytes) -> None:
-        if self._namespaces.forget(namespace_id) and self._holdings.queue is not None:
-            self._holdings.queue.start(lambda: self._erase(namespace_id))
+        if self._namespaces.forget(namespace_id):
+            self._on_disk(
+                lambda: self._namespaces.erase(namespace_id), "a layout cannot be removed: %s; it stays known"
+            )
 
-    def _erase(self, namespace_id: bytes) -> None:
-        try:
-            self._namespaces.erase(namespace_id)
-        except OSError as error:
-            self._metrics.tier_failures.labels("disk", "namespace").inc()
-            self._metrics.warn_once("namespace erase", "a layout cannot be removed: %s; it stays known", error)
+    def _on_disk(self, change: Callable[[], None], problem: str) -> None:
+        """Queues a change of the layouts kept there; `problem` is logged where the disk refuses it."""
 
-    def _save(self, layout: KVLayout) -> None:
-        try:
-            self._namespaces.save(layout)
-        except OSError as error:
-            self._metrics.tier_failures.labels("disk", "namespace").inc()
-            self._metrics.warn_once("namespace", "a layout cannot be saved: %s; lists show no model for it", error)
+        def counted() -> None:
+            try:
+                change()
+            except OSError as error:
+                self._metrics.tier_failures.labels("disk", "namespace").inc()
+                self._metrics.warn_once(problem, problem, error)
+
+        if self._holdings.queue is not None:
+            self._holdings.queue.start(counted)
 
     def _chosen(self, namespace_id: bytes | None, hashes: Sequence[bytes] | None) -> list[ObjectKey]:
         wanted = None if hashes is None else set(hashes)

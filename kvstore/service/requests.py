@@ -9,11 +9,9 @@ from __future__ import annotations
 from kvstore.errors import InvalidRequest
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
-from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
+from kvstore_proto.v1.framing import DATA_BYTES_MAX, HASHES_MAX, OFFERED_OBJECTS_MAX, Framed
 
 HASH_BYTES = 32
-HASHES_MAX = 4096  # chunks in one Lookup, Fetch, Delete, Verify or Evict: 1 M tokens at 256 a chunk
-OFFERED_OBJECTS_MAX = 2048
 LAYOUT_BYTES_MAX = 1 << 20
 PART_MAX = (1 << 16) - 1
 LIST_LIMIT_MAX = 1000

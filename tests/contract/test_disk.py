@@ -13,39 +13,15 @@ from typing import Any
 
 import kv_objects as kv
 import pytest
+from tier_objects import LAYOUT, key_of, put, whole
 
 import kvstore_codec as codec
 from kvstore.errors import DiskUnusable, TierFailed
-from kvstore.index.entry import ObjectKey
 from kvstore.tiers.disk import DiskTier
 
 ROOMY = 64 << 20
-LAYOUT = kv.small_layout()
 LOW, CHUNKS = (kv.chunks(LAYOUT, 6, seed=1, quality=quality) for quality in ("low", "raw"))
 LARGE = kv.small_layout("large", layers=4, head_dim=64)
-
-
-def key_of(chunk: kv.StoredChunk, layout: codec.KVLayout = LAYOUT) -> ObjectKey:
-    return ObjectKey(layout.namespace_id, chunk.hash, 0)
-
-
-def put(tier: DiskTier, chunk: kv.StoredChunk, layout: codec.KVLayout = LAYOUT) -> ObjectKey:
-    tier.put(key_of(chunk, layout), chunk.ref.parent, chunk.blob)
-    return key_of(chunk, layout)
-
-
-def whole(tier: DiskTier, chunk: kv.StoredChunk, layout: codec.KVLayout = LAYOUT) -> bytes | None:
-    data = tier.read(key_of(chunk, layout), len(chunk.blob))
-    return None if data is None else bytes(data)
-
-
-@pytest.fixture
-def opened() -> Iterator[list[DiskTier]]:
-    """Disk tiers to be closed when the test ends."""
-    tiers: list[DiskTier] = []
-    yield tiers
-    for tier in tiers:
-        tier.close()
 
 
 @pytest.fixture

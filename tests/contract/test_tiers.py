@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import kv_objects as kv
 import pytest
 from hypothesis import given, settings
+from tier_objects import LAYOUT, key_of, put, whole
 
 import kvstore_codec as codec
 from kvstore.errors import TierFull
@@ -20,33 +21,9 @@ from kvstore.tiers.host import HostTier
 
 MakeTier = Callable[[int], HostTier | DiskTier]
 ROOMY = 64 << 20
-LAYOUT = kv.small_layout()
 # The same chunks in several sizes: what a better version does to a worse one.
 CHUNKS = {quality: kv.chunks(LAYOUT, 6, seed=1, quality=quality) for quality in ("low", "high", "raw")}
 FAST_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # thousands of syncs, and nothing here loses power
-
-
-def key_of(chunk: kv.StoredChunk) -> ObjectKey:
-    return ObjectKey(LAYOUT.namespace_id, chunk.hash, 0)
-
-
-def put(tier: HostTier | DiskTier, chunk: kv.StoredChunk) -> ObjectKey:
-    tier.put(key_of(chunk), chunk.ref.parent, chunk.blob)
-    return key_of(chunk)
-
-
-def whole(tier: HostTier | DiskTier, chunk: kv.StoredChunk) -> bytes | None:
-    data = tier.read(key_of(chunk), len(chunk.blob))
-    return None if data is None else bytes(data)
-
-
-@pytest.fixture
-def opened() -> Iterator[list[DiskTier]]:
-    """Disk tiers to be closed when the test ends."""
-    tiers: list[DiskTier] = []
-    yield tiers
-    for tier in tiers:
-        tier.close()
 
 
 @pytest.fixture(params=["host", "disk"])

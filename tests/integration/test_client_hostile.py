@@ -53,7 +53,6 @@ from kvstore_client import (
     Unavailable,
 )
 from kvstore_client.errors import ERROR_OF_STATUS
-from kvstore_client.lookups import OBJECT_OVERHEAD_BYTES, OBJECT_OVERHEAD_FACTOR
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
@@ -166,7 +165,7 @@ async def test_an_honest_server_of_this_kind_is_a_hit(caplog: pytest.LogCaptureF
 
 def lies() -> Iterator[tuple[str, list[pb.ChunkStatus]]]:
     raw_bytes = CHUNK * LAYOUT.bytes_per_token
-    too_large = raw_bytes * OBJECT_OVERHEAD_FACTOR + OBJECT_OVERHEAD_BYTES + 1
+    too_large = codec.object_bytes_max(raw_bytes) + 1
     honest = HELD.status(0)
     yield "more chunks than asked for", [*map(HELD.status, range(CHUNKS)), HELD.status(0)]
     yield "no tokens", [honest, HELD.status(1, tokens=0)]

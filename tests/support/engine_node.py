@@ -7,15 +7,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import kv_objects as kv
+from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
 from kvstore.config import NodeConfig
 from kvstore.engine.model import Offer, Result
 from kvstore.engine.node import Node
 from kvstore.engine.stage import Stage
-from kvstore.index.entry import ObjectKey
 
-LAYOUT = kv.small_layout()
 ROOMY = 64 << 20
 
 
@@ -63,10 +62,6 @@ async def check_books(node: Node, settings: NodeConfig) -> None:
         assert len(files) == holdings.disk.objects
         assert sum(holdings.disk.cost_bytes(each.st_size - 64) for each in files) == holdings.disk.used_bytes
         assert list((settings.disk_path / "tmp").iterdir()) == []
-
-
-def key_of(chunk: kv.StoredChunk, layout: codec.KVLayout = LAYOUT) -> ObjectKey:
-    return ObjectKey(layout.namespace_id, chunk.hash, 0)
 
 
 def offer(node: Node, chunks: Sequence[kv.StoredChunk], layout: codec.KVLayout = LAYOUT) -> Stage:

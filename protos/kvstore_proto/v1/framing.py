@@ -20,6 +20,8 @@ from kvstore_proto.v1 import store_pb2_grpc as pb_grpc
 
 DATA_BYTES_MAX = 1 << 20  # of `data` in one message
 MESSAGE_BYTES_MAX = DATA_BYTES_MAX + (3 << 20)  # an offer with a 1 MB layout and 2048 objects fits as well
+HASHES_MAX = 4096  # chunks in one Lookup, Fetch, Delete, Verify or Evict: 1 M tokens at 256 a chunk
+OFFERED_OBJECTS_MAX = 2048  # in one PutOffer
 CHANNEL_OPTIONS = [
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),

@@ -9,14 +9,12 @@ from pathlib import Path
 import kv_objects as kv
 import pytest
 from engine_node import (
-    LAYOUT,
     ROOMY,
     check_books,
     config,
     file_of,
     filled,
     found,
-    key_of,
     offer,
     opened,
     outcomes,
@@ -24,6 +22,7 @@ from engine_node import (
     read,
     tiers_of,
 )  # fmt: skip
+from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
 from kvstore.engine.node import Node

@@ -6,7 +6,17 @@ from pathlib import Path
 
 import kv_objects as kv
 import pytest
-from engine_node import LAYOUT, FakeClock, config, found, opened, outcomes, put, read, tiers_of
+from engine_node import (
+    FakeClock,
+    config,
+    found,
+    opened,
+    outcomes,
+    put,
+    read,
+    tiers_of,
+)
+from tier_objects import LAYOUT
 
 from kvstore.engine.model import Offer
 

@@ -14,7 +14,6 @@ from typing import Any
 import kv_objects as kv
 import pytest
 from engine_node import (
-    LAYOUT,
     FakeClock,
     check_books,
     config,
@@ -27,6 +26,7 @@ from engine_node import (
     read,
     tiers_of,
 )  # fmt: skip
+from tier_objects import LAYOUT
 
 from kvstore.engine.node import Node
 from kvstore.errors import DiskUnusable, TierFailed

@@ -15,8 +15,18 @@ from typing import Any
 import hypothesis.strategies as st
 import kv_objects as kv
 import pytest
-from engine_node import LAYOUT, FakeClock, check_books, config, filled, key_of, offer, opened, put, read
+from engine_node import (
+    FakeClock,
+    check_books,
+    config,
+    filled,
+    offer,
+    opened,
+    put,
+    read,
+)
 from hypothesis import given, settings
+from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
 from kvstore.engine.node import Node
