@@ -1,7 +1,7 @@
 """What stored KV bytes mean: layout, identity, object format, and the codec between arrays and objects."""
 
 from kvstore_codec.api import check_header, decode, encode, storable_quality
-from kvstore_codec.arrays import KVArray, empty, token_count, token_slice
+from kvstore_codec.arrays import KVArray, PagedKV, empty, token_count, token_slice
 from kvstore_codec.container import (
     HEADER_BYTES,
     CodecId,
@@ -21,6 +21,8 @@ from kvstore_codec.errors import (
     ForeignObject,
     LayoutError,
     ObjectError,
+    ProfileError,
+    ProfileMissing,
     UnsupportedObject,
     ValuesError,
 )  # fmt: skip
@@ -41,6 +43,8 @@ from kvstore_codec.layout import (
     RopeScaling,
     namespace_id_of,
 )  # fmt: skip
+from kvstore_codec.profile import Profile, ProfileGroup, ProfileKind, model_id_of
+from kvstore_codec.profile_statistics import learn_statistics
 from kvstore_codec.quality import Quality
 
 __all__ = [
@@ -62,7 +66,13 @@ __all__ = [
     "ObjectError",
     "ObjectHeader",
     "ObjectInfo",
+    "PagedKV",
     "Partition",
+    "Profile",
+    "ProfileError",
+    "ProfileGroup",
+    "ProfileKind",
+    "ProfileMissing",
     "Quality",
     "RoPE",
     "RopeScaling",
@@ -75,6 +85,8 @@ __all__ = [
     "empty",
     "encode",
     "inspect",
+    "learn_statistics",
+    "model_id_of",
     "namespace_id_of",
     "object_bytes_max",
     "parse_header",

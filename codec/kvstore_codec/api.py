@@ -1,55 +1,63 @@
 """`encode` and `decode`: one chunk of KV to one object and back, at any quality.
 
-Every quality is coded segment by segment; segments are independent, so `threads` of them run at a time (the C++
-core releases the GIL).
+Every quality is coded segment by segment; segments are independent, so the coder works on `threads` of them at a time
+(the C++ core releases the GIL).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import math
+from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
 from kvstore_codec import arrays, container
 from kvstore_codec.arrays import KVArray, Plane
-from kvstore_codec.container import Buffer, CodecId, Flags, NewSegment, ObjectHeader, ObjectInfo, SegmentInfo
-from kvstore_codec.errors import DamagedObject, ErrorCode, ForeignObject, LayoutError
-from kvstore_codec.layout import KVLayout
+from kvstore_codec.container import KV, Buffer, CodecId, Flags, NewSegment, ObjectHeader, ObjectInfo, SegmentInfo
+from kvstore_codec.errors import DamagedObject, ErrorCode, ForeignObject, LayoutError, ProfileMissing
+from kvstore_codec.layout import KVLayout, LayerSpec
 from kvstore_codec.native import NATIVE
+from kvstore_codec.profile import Profile, ProfileGroup
 from kvstore_codec.quality import Quality
-from kvstore_codec.rope import rotation_for
-from kvstore_codec.segments import CodedPlane, SegmentCoder, SegmentGroup, segment_groups
+from kvstore_codec.rope import Rotation, rotation_for
+from kvstore_codec.segments import (
+    NO_DRAINS,
+    CodedPlane,
+    LossySegment,
+    SegmentCoder,
+    SegmentGroup,
+    is_state,
+    segment_groups,
+)
 
 #: Base step ("low") of keys and values in units of the plane's rms. Each quality divides the step by 3; these put
 #: `medium` below fp8's loss on SmolLM2 (docs/performance.md). Values tolerate a coarser grid at equal loss than keys.
 STEP_FACTOR_K = 0.75
 STEP_FACTOR_V = 0.75 * 0.67
+STEP_MIN, STEP_MAX = 2.0**-8, 2.0**8
 #: Tokens at positions before this one carry most of the loss when quantised and are stored as they are.
 SINK_POSITIONS = 4
-#: At most one token in so many is a drain token (about 1 % are, in real caches).
-DRAIN_TOKENS_DIVISOR = 2
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 def encode(
     kv: KVArray, layout: KVLayout, *, quality: str | Quality = "high", first_position: int = 0,
-    chunk_hash: bytes = bytes(32), part: int = 0, provenance: str | Quality = "raw", threads: int = 1,
-    coder: SegmentCoder = NATIVE,
+    chunk_hash: bytes = bytes(32), part: int = 0, provenance: str | Quality = "raw", profile: Profile | None = None,
+    step: float = 1.0, threads: int = 1, coder: SegmentCoder = NATIVE,
 ) -> bytes:  # fmt: skip
     """One object from one chunk of KV.
 
     `kv`: at most `layout.chunk_tokens` tokens, `[layers, 2, tokens, kv_heads, head_dim]` in the layout's dtype
-    (numpy, torch, DLPack; strided views are read in place), or a list of (k, v); keys after RoPE, the first at
-    `first_position`. `part`: `kv` is that part's slice of the layout. `provenance`: the lowest quality of the
-    cached prefix this chunk was computed on. A dtype that a quality cannot code (fp8 and integers at lossy ones,
-    integers at "lossless") is stored "raw", which is exact.
+    (numpy, torch, DLPack; strided views are read in place), a list of (k, v), or `PagedKV`; keys after RoPE, the first
+    at `first_position`. `part`: `kv` is that part's slice of the layout. `provenance`: the lowest quality of the cached
+    prefix this chunk was computed on. A dtype that a quality cannot code (fp8 and integers at lossy ones, integers at
+    "lossless") is stored "raw", which is exact; so is recurrent state, at lossy qualities losslessly.
 
-    Raises LayoutError (shape, dtype, arguments), ValuesError (NaN or infinities at a lossy quality).
+    `profile` (lossy qualities): what `kvstore calibrate` made for this model; the object names it, and can only be
+    decoded with it. `step`: the base quantiser step in units of the quality's own, 2⁻⁸ to 2⁸; loss grows with its
+    square. With a profile it is rounded to 2^(k/4).
+
+    Raises LayoutError (shape, dtype, arguments), ProfileError (another model's profile), ValuesError (lossy: NaN,
+    infinities, magnitudes of 2¹⁰⁰, with a profile of 2⁶⁰).
     """
     part_layout = layout.part_layout(part)
     planes = arrays.planes(kv, part_layout)
@@ -60,25 +68,25 @@ def encode(
         raise LayoutError("first_position must be in [0, 2**48)", first_position=first_position)
     if len(chunk_hash) != 32:
         raise LayoutError("a chunk hash has 32 bytes", bytes=len(chunk_hash))
-    quality = storable_quality(layout, quality)
-    codec = {Quality.RAW: CodecId.RAW, Quality.LOSSLESS: CodecId.LOSSLESS}.get(quality, CodecId.CF)
-    sinks = _sinks(first_position, tokens)
-
-    def payloads(group: SegmentGroup) -> list[bytes]:
-        chosen = [planes[index] for index in group.plane_indices]
-        if codec is CodecId.RAW:
-            return [b"".join(plane.tobytes() for plane in chosen)]
-        if codec is CodecId.LOSSLESS:
-            return [coder.encode_lossless(chosen, layout.dtype)]
-        drains = [
-            coder.drain_tokens(planes[2 * layer], planes[2 * layer + 1], sinks, layout.dtype)
-            for layer in range(group.layer_first, group.layer_first + group.layer_count)
-        ]
-        coded = _coded_planes(planes, group, part_layout, first_position)
-        return coder.encode_lossy(coded, _union(drains, sinks, tokens), sinks, layout.dtype, quality.lossy_layers)
-
-    groups = segment_groups(part_layout, tokens)
-    coded = _map(payloads, groups, threads)
+    if not STEP_MIN <= step <= STEP_MAX:
+        raise LayoutError("step must be 2**-8 to 2**8", step=step)
+    quality = storable_quality(part_layout, quality)
+    if quality.exact:
+        profile = None
+    elif profile is not None:
+        _require_profile(profile, layout)
+    groups = segment_groups(part_layout, tokens) if profile is None else [group.planes for group in profile.groups]
+    if quality is Quality.RAW:
+        codec = CodecId.RAW
+        coded = [[b"".join(arrays.read(planes[index]).tobytes() for index in group.plane_indices)] for group in groups]
+    elif quality is Quality.LOSSLESS:
+        codec = CodecId.LOSSLESS
+        chosen = [[planes[index] for index in group.plane_indices] for group in groups]
+        coded = [[payload] for payload in coder.encode_lossless(chosen, layout.dtype, threads)]
+    else:
+        codec = CodecId.CF if profile is None else CodecId.PROFILE
+        lossy = _Lossy(planes, part_layout, groups, first_position, profile, step)
+        coded = lossy.encode(quality.lossy_layers, coder, threads)
     segments = [
         NewSegment(level, group.kv, group.layer_first, group.layer_count, layers[level])
         for level in range(len(coded[0]))
@@ -89,20 +97,24 @@ def encode(
         first_position=first_position, codec=codec, dtype=layout.dtype, quality=quality,
         provenance=Quality.parse(provenance), flags=Flags.TAIL if tokens < layout.chunk_tokens else Flags(0),
         layers=part_layout.num_layers, raw_bytes=tokens * part_layout.bytes_per_token,
+        profile_id=bytes(32) if profile is None else profile.profile_id,
     )  # fmt: skip
 
 
 def decode(
     blob: Buffer, layout: KVLayout, *, quality: str | Quality | None = None, out: KVArray | None = None,
-    chunk_hash: bytes | None = None, part: int | None = None, threads: int = 1, coder: SegmentCoder = NATIVE,
+    chunk_hash: bytes | None = None, part: int | None = None, profile: Profile | None = None, threads: int = 1,
+    coder: SegmentCoder = NATIVE,
 ) -> KVArray:  # fmt: skip
     """The KV of one object, or of a prefix of one that ends with a quality layer.
 
     `quality`: read no better than this (None: all that `blob` holds). `out`: written in place and returned; same
-    forms as `encode` takes, any strides. `chunk_hash`, `part`: what the object must be.
+    forms as `encode` takes, any strides. `chunk_hash`, `part`: what the object must be. `profile`: the one that the
+    object was coded with; objects coded without one ignore it.
 
     Raises DamagedObject, UnsupportedObject, ForeignObject (also for another namespace than `layout`'s),
-    LayoutError (`out` does not fit). `out`'s contents are unspecified after an error.
+    ProfileMissing (`profile` is not the one that the object names), LayoutError (`out` does not fit). `out`'s contents
+    are unspecified after an error.
     """
     if quality is not None:
         blob = container.truncate(blob, quality)
@@ -110,33 +122,105 @@ def decode(
     header = info.header
     check_header(header, layout, chunk_hash=chunk_hash, part=part)
     part_layout = layout.part_layout(header.part)
+    grouped = _by_group(info)
+    groups = [SegmentGroup(layers[0].kv, layers[0].layer_first, layers[0].layer_count) for layers in grouped]
+    used = _named_profile(profile, header, layout, groups) if header.codec is CodecId.PROFILE else None
     if out is None:
         out = arrays.empty(part_layout, header.tokens)
     planes = arrays.planes_to_write(out, part_layout)
     if planes[0].shape[0] != header.tokens:
         raise LayoutError("out has another number of tokens", got=planes[0].shape[0], expected=header.tokens)
 
-    def restore(layers: Sequence[SegmentInfo]) -> None:
-        payloads = [container.segment_bytes(blob, segment) for segment in layers]
-        group = SegmentGroup(layers[0].kv, layers[0].layer_first, layers[0].layer_count)
-        chosen = [planes[index] for index in group.plane_indices]
-        if header.codec is CodecId.RAW:
-            _copy_raw(payloads[0], chosen)
-        elif header.codec is CodecId.LOSSLESS:
-            coder.decode_lossless(payloads[0], chosen, header.dtype)
-        else:
-            coded = _coded_planes(planes, group, part_layout, header.first_position)
-            coder.decode_lossy(payloads, coded, _sinks(header.first_position, header.tokens), header.dtype)
-
-    _map(restore, _by_group(info), threads)
+    payloads = [[container.segment_bytes(blob, segment) for segment in layers] for layers in grouped]
+    chosen = [[planes[index] for index in group.plane_indices] for group in groups]
+    if header.codec is CodecId.RAW:
+        for layers, some in zip(payloads, chosen, strict=True):
+            _copy_raw(layers[0], some)
+    elif header.codec is CodecId.LOSSLESS:
+        coder.decode_lossless(chosen, [layers[0] for layers in payloads], header.dtype, threads)
+    else:
+        lossy = _Lossy(planes, part_layout, groups, header.first_position, used)
+        lossy.decode(payloads, coder, threads)
     return out
 
 
+class _Lossy:
+    """The segments of one chunk at a lossy quality; those of recurrent state are lossless, all in quality layer 0."""
+
+    def __init__(
+        self, planes: Sequence[Plane], layout: KVLayout, groups: Sequence[SegmentGroup], first_position: int,
+        profile: Profile | None, step: float = 1.0,
+    ) -> None:  # fmt: skip
+        tokens = planes[0].shape[0]
+        self._planes, self._layout, self._groups = planes, layout, groups
+        self._first_position, self._step = first_position, step
+        self._profiles: Sequence[ProfileGroup | None] = profile.groups if profile else [None] * len(groups)
+        self._sinks = max(0, min(tokens, SINK_POSITIONS - first_position))
+        self._state = [is_state(layout, group.layer_first) for group in groups]
+        self._rotations: dict[int, Rotation | None] = {}
+
+    def encode(self, levels: int, coder: SegmentCoder, threads: int) -> list[list[bytes]]:
+        dtype = self._layout.dtype
+        apart = [index for index in self._lossy_groups if self._groups[index].kv != KV.K | KV.V]
+        pairs = [
+            [(self._planes[2 * layer], self._planes[2 * layer + 1]) for layer in self._groups[index].layers]
+            for index in apart
+        ]
+        drains = dict(zip(apart, coder.drain_tokens(pairs, self._sinks, dtype, threads), strict=True))
+        quarters = round(4 * math.log2(self._step))
+        segments = [
+            LossySegment(
+                self._coded_planes(index), drains.get(index), self._profiles[index],
+                quarters if self._profiles[index] else 0,
+            )
+            for index in self._lossy_groups
+        ]  # fmt: skip
+        coded = iter(coder.encode_lossy(segments, self._sinks, dtype, levels, threads))
+        exact = iter(coder.encode_lossless(self._state_planes, dtype, threads))
+        return [[next(exact), *[b""] * (levels - 1)] if state else next(coded) for state in self._state]
+
+    def decode(self, payloads: Sequence[Sequence[memoryview]], coder: SegmentCoder, threads: int) -> None:
+        dtype = self._layout.dtype
+        segments = [LossySegment(self._coded_planes(i), NO_DRAINS, self._profiles[i]) for i in self._lossy_groups]
+        coder.decode_lossy(segments, [payloads[i] for i in self._lossy_groups], self._sinks, dtype, threads)
+        exact = [layers for layers, state in zip(payloads, self._state, strict=True) if state]
+        if any(any(layers[1:]) for layers in exact):
+            raise DamagedObject("a refinement of exact state is not empty", code=ErrorCode.STRUCTURE)
+        coder.decode_lossless(self._state_planes, [layers[0] for layers in exact], dtype, threads)
+
+    @property
+    def _lossy_groups(self) -> list[int]:
+        return [index for index, state in enumerate(self._state) if not state]
+
+    @property
+    def _state_planes(self) -> list[list[Plane]]:
+        groups = [group for group, state in zip(self._groups, self._state, strict=True) if state]
+        return [[self._planes[index] for index in group.plane_indices] for group in groups]
+
+    def _coded_planes(self, index: int) -> list[CodedPlane]:
+        coded = []
+        for plane in self._groups[index].plane_indices:
+            layer, is_value = divmod(plane, 2)
+            bits = self._planes[plane]
+            rotation = None if is_value else self._rotation(self._layout.layers[layer], bits.shape[0])
+            coded.append(CodedPlane(bits, rotation, self._step * (STEP_FACTOR_V if is_value else STEP_FACTOR_K)))
+        return coded
+
+    def _rotation(self, layer: LayerSpec, tokens: int) -> Rotation | None:
+        """Layers are few different ones: `rotation_for`'s own cache would hash each of them."""
+        if id(layer) not in self._rotations:
+            self._rotations[id(layer)] = rotation_for(layer, self._first_position, tokens)
+        return self._rotations[id(layer)]
+
+
 def storable_quality(layout: KVLayout, quality: str | Quality) -> Quality:
-    """The quality that `encode` stores when asked for `quality`: at least as good, as the dtype allows."""
+    """The quality that `encode` stores when asked for `quality`: at least as good, as dtype and layers allow.
+
+    `layout`: of the part, where there are several."""
     wanted = Quality.parse(quality)
     if layout.dtype in ("bfloat16", "float16", "float32"):
-        return wanted
+        only_state = all(is_state(layout, layer) for layer in range(layout.num_layers))
+        return min(wanted, Quality.LOSSLESS) if only_state else wanted
     if layout.dtype.startswith("float8"):
         return min(wanted, Quality.LOSSLESS)
     return Quality.RAW
@@ -158,7 +242,7 @@ def check_header(
     part_layout = layout.part_layout(header.part)
     agrees = (
         header.dtype == layout.dtype
-        and header.quality == storable_quality(layout, header.quality)
+        and header.quality == storable_quality(part_layout, header.quality)
         and header.layers == part_layout.num_layers
         and header.tokens <= layout.chunk_tokens
         and header.tail == (header.tokens < layout.chunk_tokens)
@@ -168,27 +252,26 @@ def check_header(
         raise DamagedObject("the object contradicts its layout", code=ErrorCode.STRUCTURE)
 
 
-def _coded_planes(
-    planes: Sequence[Plane], group: SegmentGroup, layout: KVLayout, first_position: int
-) -> list[CodedPlane]:
-    tokens = planes[0].shape[0]
-    coded = []
-    for index in group.plane_indices:
-        layer, is_value = divmod(index, 2)
-        rotation = None if is_value else rotation_for(layout.layers[layer], first_position, tokens)
-        coded.append(CodedPlane(planes[index], rotation, STEP_FACTOR_V if is_value else STEP_FACTOR_K))
-    return coded
+def _require_profile(profile: Profile, layout: KVLayout) -> None:
+    """Raises ProfileError, LayoutError."""
+    profile.require_fit(layout)
+    if layout.partition.parts != 1:
+        raise LayoutError("a profile codes whole chunks: use a layout without partition, or no profile")
+    if any(is_state(layout, layer) for layer in range(layout.num_layers)):
+        raise LayoutError("a profile does not code recurrent state: encode without one")
 
 
-def _sinks(first_position: int, tokens: int) -> int:
-    return max(0, min(tokens, SINK_POSITIONS - first_position))
-
-
-def _union(drains: Sequence[npt.NDArray[np.uint16]], sinks: int, tokens: int) -> npt.NDArray[np.uint16]:
-    """Drain tokens of a group of layers: any layer's. None if they are not few: the step of the others would then be
-    measured on too little."""
-    union = np.unique(np.concatenate(drains))
-    return union if len(union) * DRAIN_TOKENS_DIVISOR <= tokens - sinks else union[:0]
+def _named_profile(
+    profile: Profile | None, header: ObjectHeader, layout: KVLayout, groups: Sequence[SegmentGroup]
+) -> Profile:
+    if profile is None or profile.profile_id != header.profile_id:
+        raise ProfileMissing(
+            "the object was coded with a profile: pass it as profile=", profile=header.profile_id.hex()
+        )
+    _require_profile(profile, layout)
+    if [group.planes for group in profile.groups] != list(groups):
+        raise DamagedObject("the object's segments are not its profile's groups", code=ErrorCode.STRUCTURE)
+    return profile
 
 
 def _by_group(info: ObjectInfo) -> list[list[SegmentInfo]]:
@@ -205,12 +288,5 @@ def _copy_raw(payload: memoryview, planes: Sequence[Plane]) -> None:
     at = 0
     for plane in planes:
         values = np.frombuffer(payload[at : at + plane.nbytes], plane.dtype)
-        plane[...] = values.reshape(plane.shape)
+        arrays.write(plane, values.reshape(plane.shape))
         at += plane.nbytes
-
-
-def _map(function: Callable[[T], R], items: Sequence[T], threads: int) -> list[R]:
-    if threads <= 1 or len(items) <= 1:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(min(threads, len(items)), "kvstore-codec") as pool:
-        return list(pool.map(function, items))

@@ -1,14 +1,16 @@
 """Arrays from the outside world as planes, without copies where their memory allows.
 
 A *plane* is one layer's K or V of one chunk: an unsigned-integer view `[tokens, kv_heads, dim]` of the array's
-own memory (the codec works on bits; dtype is the layout's business). Accepted: numpy (ml_dtypes included), torch
-CPU tensors, anything with DLPack; one array `[layers, 2, tokens, kv_heads, head_dim]`, or a list of (k, v).
+own memory (the codec works on bits; dtype is the layout's business), or the same in an engine's pages. Accepted: numpy
+(ml_dtypes included), torch CPU tensors, anything with DLPack; one array `[layers, 2, tokens, kv_heads, head_dim]`, a
+list of (k, v), or `PagedKV`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -19,9 +21,73 @@ from kvstore_codec import _native
 from kvstore_codec.errors import LayoutError
 from kvstore_codec.layout import KVLayout
 
-#: one array or a list of (k, v) pairs; see the module's docstring
+#: one array, a list of (k, v) pairs or a PagedKV; see the module's docstring
 KVArray = Any
-Plane = npt.NDArray[np.unsignedinteger[Any]]
+Bits = npt.NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class PagedKV:
+    """KV that lies in an engine's pages, read and written in place.
+
+    `caches`: one (k, v) a layer, each `[blocks, page_tokens, kv_heads, dim]` (any strides). `block_ids`: the pages that
+    hold the sequence, in its order. Token i of the KV is token (first_token + i) of those pages; there are `tokens`.
+    """
+
+    caches: Sequence[tuple[Any, Any]]
+    block_ids: Sequence[int]
+    tokens: int
+    first_token: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class PagedPlane:
+    """A plane in pages: `pages` [blocks, page_tokens, heads, dim], `block_ids` int64 of those that hold it."""
+
+    pages: Bits
+    block_ids: npt.NDArray[np.int64]
+    tokens: int
+    first_token: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.tokens, int(self.pages.shape[2]), int(self.pages.shape[3])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.pages.dtype
+
+    @property
+    def itemsize(self) -> int:
+        return int(self.pages.itemsize)
+
+    @property
+    def nbytes(self) -> int:
+        return self.itemsize * int(np.prod(self.shape))
+
+    @property
+    def places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(page, token in it) of every token."""
+        at = np.arange(self.first_token, self.first_token + self.tokens)
+        page_tokens = self.pages.shape[1]
+        return self.block_ids[at // page_tokens], at % page_tokens
+
+
+Plane = Bits | PagedPlane
+
+
+def read(plane: Plane) -> Bits:
+    """A contiguous copy, `[tokens, heads, dim]`."""
+    return plane.pages[plane.places] if isinstance(plane, PagedPlane) else np.array(plane, order="C")
+
+
+def write(plane: Plane, bits: Bits) -> None:
+    """Copies `bits` into the plane's memory."""
+    if isinstance(plane, PagedPlane):
+        plane.pages[plane.places] = bits
+    else:
+        plane[...] = bits
+
 
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -52,6 +118,9 @@ def empty(layout: KVLayout, tokens: int) -> KVArray:
 
 def token_slice(kv: KVArray, first: int, last: int) -> KVArray:
     """Tokens [first, last) of `kv`, as views, in the form in which `kv` came."""
+    if isinstance(kv, PagedKV):
+        first, last, _ = slice(first, last).indices(kv.tokens)
+        return replace(kv, first_token=kv.first_token + first, tokens=max(0, last - first))
     if isinstance(kv, list | tuple):
         return [(k[first:last], v[first:last]) for k, v in kv]
     return kv[:, :, first:last]
@@ -64,6 +133,9 @@ def token_count(kv: KVArray, layout: KVLayout) -> int:
 
 def planes(kv: KVArray, layout: KVLayout) -> list[Plane]:
     """K₀, V₀, K₁, V₁, … as views of `kv`'s memory. Raises LayoutError when shapes or dtype do not fit."""
+    if isinstance(kv, PagedKV):
+        return _paged(kv, layout)
+    arrays: list[Plane]
     if isinstance(kv, list | tuple):
         arrays = _pairs(kv, layout)
     else:
@@ -90,14 +162,32 @@ def planes(kv: KVArray, layout: KVLayout) -> list[Plane]:
 def planes_to_write(kv: KVArray, layout: KVLayout) -> list[Plane]:
     """`planes` of an array to decode into. Raises LayoutError also where its memory is read-only."""
     arrays = planes(kv, layout)
-    if not all(array.flags.writeable for array in arrays):
+    if not all((array.pages if isinstance(array, PagedPlane) else array).flags.writeable for array in arrays):
         raise LayoutError("out is read-only: pass an array that may be written")
     return arrays
 
 
-def contiguous_rows(plane: Plane) -> bool:
-    """Heads and dims of one token lie together, as the codec's inner loops want (tokens may be apart)."""
-    return plane.shape[0] == 0 or bool(plane[0].flags.c_contiguous)
+def _paged(kv: PagedKV, layout: KVLayout) -> list[Plane]:
+    if len(kv.caches) != layout.num_layers or any(len(pair) != 2 for pair in kv.caches):
+        raise LayoutError("caches must be one (k, v) pair a layer", got=len(kv.caches), expected=layout.num_layers)
+    if kv.tokens < 0 or kv.first_token < 0:
+        raise LayoutError("tokens and first_token must not be negative", tokens=kv.tokens, first_token=kv.first_token)
+    block_ids = np.asarray(kv.block_ids)
+    if block_ids.ndim != 1 or (block_ids.size and block_ids.dtype.kind not in "iu"):
+        raise LayoutError("block_ids must be a list of page numbers", got=block_ids.dtype)
+    block_ids = np.ascontiguousarray(block_ids, np.int64)
+    planes: list[Plane] = []
+    for index, array in enumerate(_bits(array, layout.dtype) for pair in kv.caches for array in pair):
+        layer = layout.layers[index // 2]
+        name = f"{'v' if index % 2 else 'k'} pages of layer {index // 2}"
+        if array.ndim != 4 or array.shape[2:] != (layer.kv_heads, layer.v_dim if index % 2 else layer.k_dim):
+            raise LayoutError(f"{name} must be [blocks, page_tokens, kv_heads, dim]", got=array.shape)
+        if kv.first_token + kv.tokens > len(block_ids) * array.shape[1]:
+            raise LayoutError(f"{name}: block_ids hold fewer than first_token + tokens", pages=len(block_ids))
+        if block_ids.size and not 0 <= block_ids.min() <= block_ids.max() < array.shape[0]:
+            raise LayoutError(f"{name}: a block id is out of range", blocks=array.shape[0])
+        planes.append(PagedPlane(array, block_ids, kv.tokens, kv.first_token))
+    return planes
 
 
 def _pairs(kv: Sequence[Any], layout: KVLayout) -> list[Plane]:
@@ -113,17 +203,17 @@ def _pairs(kv: Sequence[Any], layout: KVLayout) -> list[Plane]:
                 f"{'v' if index % 2 else 'k'} of layer {index // 2} must be [tokens, kv_heads, dim]",
                 got=array.shape, expected=expected,
             )  # fmt: skip
-    return arrays
+    return list(arrays)
 
 
-def _bits(array: Any, dtype: str) -> Plane:
+def _bits(array: Any, dtype: str) -> Bits:
     """The array's memory as unsigned integers of its element size."""
     if not isinstance(array, np.ndarray):
         array = _to_numpy(array)
     wanted = _NUMPY_DTYPES[dtype]
     if array.dtype != wanted:
         raise LayoutError(f"kv is {array.dtype} but the layout says {dtype}: cast it, or change the layout's dtype")
-    bits: Plane = array.view(_BITS[wanted.itemsize])
+    bits: Bits = array.view(_BITS[wanted.itemsize])
     return bits
 
 

@@ -21,7 +21,7 @@ from kvstore_codec.layout import CHUNK_TOKENS_MAX, DTYPE_BYTES, LAYERS_MAX
 from kvstore_codec.quality import Quality
 
 MAGIC = b"KVCO"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 QUALITY_LAYERS_MAX = 3
 
 _HEADER = struct.Struct("<4sHH32s32sIIQBBBBBBH32sQQQQIIQQQ")
@@ -49,7 +49,12 @@ def object_bytes_max(raw_bytes: int) -> int:
 class CodecId(IntEnum):
     RAW = 0
     LOSSLESS = 1
-    CF = 2  # calibration-free lossy
+    CF = 2  # lossy, means and scales in the object
+    PROFILE = 3  # lossy, means and scales (and a basis) in a profile that the header names
+
+    @property
+    def lossy(self) -> bool:
+        return self >= CodecId.CF
 
 
 class Flags(IntFlag):
@@ -61,6 +66,10 @@ class KV(IntFlag):
 
     K = 1
     V = 2
+
+
+#: enum calls are slow, and a segment table makes many
+_KV = {1: KV.K, 2: KV.V, 3: KV.K | KV.V}
 
 
 @dataclass(frozen=True)
@@ -111,11 +120,11 @@ class ObjectHeader:
     def quality_at(self, length: int) -> Quality:
         """Quality that the first `length` bytes read at; DamagedObject unless they end with a quality layer."""
         layers = self.layers_in(length)
-        return self.quality if self.codec is not CodecId.CF else Quality.of_lossy_layers(layers)
+        return Quality.of_lossy_layers(layers) if self.codec.lossy else self.quality
 
     def length_for(self, quality: Quality) -> int:
         """Bytes to read for `quality`: the longest prefix that is no better than it, at least layer 0."""
-        if self.codec is not CodecId.CF or quality.exact:
+        if not self.codec.lossy or quality.exact:
             return self.object_bytes
         return self.layer_bytes[min(quality.lossy_layers, len(self.layer_bytes)) - 1]
 
@@ -221,11 +230,8 @@ def parse_header(buffer: Buffer) -> ObjectHeader:
         )
     if checksum != xxhash.xxh3_64_intdigest(view[:_HEADER_CHECKED]):
         raise DamagedObject("header checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
-    if codec not in tuple(CodecId) or any(profile_id):
-        raise UnsupportedObject(
-            "codec or profile is not known here", code=ErrorCode.CODEC_UNSUPPORTED,
-            codec=codec, profile=profile_id.hex(),
-        )  # fmt: skip
+    if codec > max(CodecId):
+        raise UnsupportedObject("codec is not known here", code=ErrorCode.CODEC_UNSUPPORTED, codec=codec)
     layer_bytes = (length_0, length_1, length_2)[:quality_layers]
     header = ObjectHeader(
         namespace_id, chunk_hash, part, tokens, first_position, CodecId(codec), _DTYPE_NAMES.get(dtype, ""),
@@ -246,6 +252,7 @@ def parse_header(buffer: Buffer) -> ObjectHeader:
         and all(a < b for a, b in zip((header.table_end, *layer_bytes), layer_bytes, strict=False))
         and not any((length_0, length_1, length_2)[quality_layers:])
         and raw_bytes > 0
+        and any(profile_id) == (header.codec is CodecId.PROFILE)
         and flags == header.flags
         and first_position < 1 << 48
         and reserved_1 == reserved_2 == 0
@@ -273,7 +280,7 @@ def inspect(buffer: Buffer) -> ObjectInfo:
     for quality_layer, kv, first, count, reserved, length, checksum in _ENTRY.iter_unpack(table):
         if reserved or not 1 <= kv <= 3 or count < 1 or first + count > header.layers:
             raise DamagedObject("segment table holds an impossible segment", code=ErrorCode.STRUCTURE)
-        segments.append(SegmentInfo(quality_layer, KV(kv), first, count, offset, length, checksum))
+        segments.append(SegmentInfo(quality_layer, _KV[kv], first, count, offset, length, checksum))
         offset += length
     _check_order(header, segments)
     held = tuple(segment for segment in segments if segment.quality_layer < quality_layers)
@@ -313,24 +320,25 @@ def truncate(buffer: Buffer, quality: str | Quality) -> memoryview:
 def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
     """Each quality layer covers every (layer, K|V) plane once, in one grouping, and ends where the header says."""
     per_layer = len(segments) // len(header.layer_bytes)
-    groups = [segment.planes for segment in segments[:per_layer]]
+    groups = [(int(segment.kv), segment.layer_first, segment.layer_count) for segment in segments[:per_layer]]
     # Counted before it is written out: groups may claim far more planes than there are.
     ok = per_layer * len(header.layer_bytes) == len(segments) and 2 * header.layers == sum(
-        kv.bit_count() * count for kv, _, count in groups
+        (2 if kv == KV.K | KV.V else 1) * count for kv, _, count in groups
     )
-    ok = ok and {(layer, plane) for layer in range(header.layers) for plane in KV} == {
-        (layer, plane)
-        for kv, first, count in groups
-        for layer in range(first, first + count)
-        for plane in KV
-        if plane in kv
-    }
+    if ok:
+        covered = [0] * header.layers
+        for kv, first, count in groups:
+            for layer in range(first, first + count):
+                ok = ok and not covered[layer] & kv
+                covered[layer] |= kv
     if not ok:
         raise DamagedObject("segment table does not cover every plane once", code=ErrorCode.STRUCTURE)
     for index, segment in enumerate(segments):
-        ok = ok and segment.quality_layer == index // per_layer and segment.planes == groups[index % per_layer]
-        if (index + 1) % per_layer == 0:
-            ok = ok and segment.offset + segment.length == header.layer_bytes[index // per_layer]
+        level, place = divmod(index, per_layer)
+        ok = ok and segment.quality_layer == level
+        ok = ok and (segment.kv, segment.layer_first, segment.layer_count) == groups[place]
+        if place == per_layer - 1:
+            ok = ok and segment.offset + segment.length == header.layer_bytes[level]
     if not ok:
         raise DamagedObject("segment table does not add up", code=ErrorCode.STRUCTURE)
 

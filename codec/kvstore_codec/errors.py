@@ -3,9 +3,11 @@
     CodecError(ValueError)
     ├── LayoutError          a layout, token list or array does not fit what was asked: the caller's mistake
     ├── ValuesError          the values cannot be coded at this quality (NaN, infinities): use "lossless"
+    ├── ProfileError         a profile's bytes or values are wrong, or it is not the one that is needed
     └── ObjectError          the bytes of an object are not what they should be
         ├── DamagedObject    checksum, length or structure is wrong: the bytes are damaged or hostile
-        ├── UnsupportedObject  a later format version, an unknown codec or profile
+        ├── UnsupportedObject  a later format version, an unknown codec
+        ├── ProfileMissing   coded with a profile that was not given
         └── ForeignObject    intact, but of another namespace, chunk, part or shape than asked for
 
 A store treats every ObjectError as a miss. `code` is stable and names the metric label; `context` holds
@@ -28,6 +30,7 @@ class ErrorCode(str, Enum):
     STRUCTURE = "structure"
     IDENTITY_MISMATCH = "identity_mismatch"
     QUALITY_UNAVAILABLE = "quality_unavailable"
+    PROFILE_MISSING = "profile_missing"
 
 
 class CodecError(ValueError):
@@ -53,6 +56,11 @@ class ValuesError(CodecError):
         super().__init__(message, code=ErrorCode.VALUES, **context)
 
 
+class ProfileError(CodecError):
+    def __init__(self, message: str, *, code: ErrorCode = ErrorCode.STRUCTURE, **context: object) -> None:
+        super().__init__(message, code=code, **context)
+
+
 class ObjectError(CodecError):
     """The bytes cannot be read as the object asked for; a store counts it and reports a miss."""
 
@@ -63,6 +71,11 @@ class DamagedObject(ObjectError):
 
 class UnsupportedObject(ObjectError):
     pass
+
+
+class ProfileMissing(ObjectError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=ErrorCode.PROFILE_MISSING, **context)
 
 
 class ForeignObject(ObjectError):

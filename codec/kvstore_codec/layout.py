@@ -180,7 +180,7 @@ class KVLayout:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def is_uniform(self) -> bool:
         """All layers have one shape and K is as wide as V, so the cache is one 5-D array."""
         first = self.layers[0]
@@ -194,7 +194,7 @@ class KVLayout:
         """Bytes of one element."""
         return DTYPE_BYTES[self.dtype]
 
-    @property
+    @cached_property
     def elements_per_token(self) -> int:
         return sum(layer.k_channels + layer.v_channels for layer in self.layers)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore_codec import _native, tables
-from kvstore_codec.arrays import Plane, contiguous_rows
+from kvstore_codec.arrays import PagedPlane, Plane
 from kvstore_codec.errors import DamagedObject, ErrorCode, ValuesError
 from kvstore_codec.reference.lossless import SYMBOL_COSTS
-from kvstore_codec.segments import CodedPlane, SegmentCoder
+from kvstore_codec.segments import CodedPlane, LossySegment, SegmentCoder
 
 _DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 
@@ -30,67 +30,86 @@ _NOT_FINITE = len(_PROBLEMS) + 1
 class NativeCoder:
     """Stateless; safe to share between threads, which run in parallel (the GIL is released).
 
-    `vector`: whether to use AVX-512 (None: where the CPU has it); the bytes and values are the same."""
+    `isa`: "scalar", "avx2", "avx512"; None: the best that the CPU has. The bytes and values are the same. Raises
+    ValueError for one that this CPU, or this build, does not have."""
 
-    def __init__(self, *, vector: bool | None = None) -> None:
+    def __init__(self, isa: str | None = None) -> None:
+        found = {name: number for number, name in _native.instruction_sets()}
+        if isa is not None and isa not in found:
+            raise ValueError(f"no {isa} here: use one of {', '.join(found)}")
+        self.isa = isa or list(found)[-1]
         self._coder = _native.Coder(
-            tables.VALUES.freq.astype(np.uint16), tables.DIGITS.freq.astype(np.uint16), tables.CENTROIDS,
+            tables.VALUES.freq.astype(np.uint16), tables.DIGITS.freq.astype(np.uint16), tables.SHRINKAGE,
             tables.SCALE_THRESHOLDS, tables.SCALE_VARIANCES, tables.EXPONENTS.freq.astype(np.uint16),
-            SYMBOL_COSTS.astype(np.int32), _native.has_avx512() if vector is None else vector,
+            SYMBOL_COSTS.astype(np.int32), found[self.isa],
         )  # fmt: skip
 
-    def drain_tokens(self, k: Plane, v: Plane, sinks: int, dtype: str) -> npt.NDArray[np.uint16]:
-        found: npt.NDArray[np.uint16] = self._coder.drain_tokens(_rows(k), _rows(v), sinks, _DTYPES[dtype])
-        return found
+    def drain_tokens(
+        self, groups: Sequence[Sequence[tuple[Plane, Plane]]], sinks: int, dtype: str, threads: int
+    ) -> list[npt.NDArray[np.uint16]]:
+        arguments = [[(_plane(k), _plane(v)) for k, v in layers] for layers in groups]
+        return self._coder.drain_tokens(arguments, sinks, _DTYPES[dtype], threads)
 
     def encode_lossy(
-        self, planes: Sequence[CodedPlane], drains: npt.NDArray[np.uint16], sinks: int, dtype: str, levels: int
-    ) -> list[bytes]:
-        arguments = [_argument(plane, _rows(plane.bits)) for plane in planes]
-        status, payloads = self._coder.encode_lossy(arguments, drains, sinks, _DTYPES[dtype], levels)
+        self, segments: Sequence[LossySegment], sinks: int, dtype: str, levels: int, threads: int
+    ) -> list[list[bytes]]:
+        arguments = [_segment(segment) for segment in segments]
+        status, payloads = self._coder.encode_lossy(arguments, sinks, _DTYPES[dtype], levels, threads)
         if status == _NOT_FINITE:
             raise ValuesError('kv holds NaN, infinite or huge values: store it with quality="lossless"')
         return payloads
 
     def decode_lossy(
-        self, payloads: Sequence[memoryview], planes: Sequence[CodedPlane], sinks: int, dtype: str
+        self,
+        segments: Sequence[LossySegment],
+        payloads: Sequence[Sequence[memoryview]],
+        sinks: int,
+        dtype: str,
+        threads: int,
     ) -> None:
+        arguments = [_segment(segment) for segment in segments]
+        buffers = [[np.frombuffer(payload, np.uint8) for payload in layers] for layers in payloads]
+        _check(self._coder.decode_lossy(arguments, buffers, sinks, _DTYPES[dtype], threads))
+
+    def encode_lossless(self, segments: Sequence[Sequence[Plane]], dtype: str, threads: int) -> list[bytes]:
+        arguments = [[_plane(plane) for plane in planes] for planes in segments]
+        return self._coder.encode_lossless(arguments, _DTYPES[dtype], threads)
+
+    def decode_lossless(
+        self, segments: Sequence[Sequence[Plane]], payloads: Sequence[memoryview], dtype: str, threads: int
+    ) -> None:
+        arguments = [[_plane(plane) for plane in planes] for planes in segments]
         buffers = [np.frombuffer(payload, np.uint8) for payload in payloads]
-        _into_rows(
-            [plane.bits for plane in planes],
-            lambda rows: self._coder.decode_lossy(
-                buffers, [_argument(plane, row) for plane, row in zip(planes, rows, strict=True)], sinks, _DTYPES[dtype]
-            ),
-        )
-
-    def encode_lossless(self, planes: Sequence[Plane], dtype: str) -> bytes:
-        return self._coder.encode_lossless([_rows(plane) for plane in planes], _DTYPES[dtype])
-
-    def decode_lossless(self, payload: memoryview, planes: Sequence[Plane], dtype: str) -> None:
-        buffer = np.frombuffer(payload, np.uint8)
-        _into_rows(planes, lambda rows: self._coder.decode_lossless(buffer, rows, _DTYPES[dtype]))
+        _check(self._coder.decode_lossless(arguments, buffers, _DTYPES[dtype], threads))
 
 
 #: The one that everybody uses: its tables take some milliseconds and a megabyte to make.
 NATIVE: SegmentCoder = NativeCoder()
 
 
-def _argument(plane: CodedPlane, rows: Plane) -> Any:
-    rotation = plane.rotation
-    return rows, None if rotation is None else (rotation.cos, rotation.sin, rotation.interleaved), plane.step_factor
-
-
-def _rows(plane: Plane) -> Plane:
-    """The plane itself, or a copy where its memory is not in rows (an engine's head-major cache)."""
-    return plane if contiguous_rows(plane) else np.ascontiguousarray(plane)
-
-
-def _into_rows(planes: Sequence[Plane], decode: Callable[[list[Plane]], int]) -> None:
-    """Decodes into the planes, through a copy of those whose memory is not in rows. Raises DamagedObject."""
-    rows = [plane if contiguous_rows(plane) else np.empty(plane.shape, plane.dtype) for plane in planes]
-    status = decode(rows)
+def _check(status: int) -> None:
+    """Raises DamagedObject."""
     if status:
         raise DamagedObject(_PROBLEMS[status - 1], code=ErrorCode.STRUCTURE)
-    for plane, row in zip(planes, rows, strict=True):
-        if row is not plane:
-            plane[...] = row
+
+
+def _segment(segment: LossySegment) -> Any:
+    profile = segment.profile
+    planes = [_coded(plane) for plane in segment.planes]
+    if profile is None:
+        return planes, segment.drains, None, 0
+    basis = None if profile.basis is None else profile.basis.view(np.uint16)
+    arrays = (profile.mean, profile.weight, basis, profile.scale_ids)
+    return planes, segment.drains, arrays, segment.step_quarters
+
+
+def _coded(plane: CodedPlane) -> Any:
+    rotation = plane.rotation
+    tables = None if rotation is None else (rotation.cos, rotation.sin, rotation.interleaved)
+    return _plane(plane.bits), tables, plane.step_factor
+
+
+def _plane(plane: Plane) -> Any:
+    if isinstance(plane, PagedPlane):
+        return plane.pages, (plane.block_ids, plane.tokens, plane.first_token)
+    return plane, None

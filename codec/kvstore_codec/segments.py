@@ -17,11 +17,15 @@ import numpy.typing as npt
 
 from kvstore_codec.arrays import Plane
 from kvstore_codec.container import KV
-from kvstore_codec.layout import KVLayout
+from kvstore_codec.layout import KVLayout, LayerKind
 from kvstore_codec.rope import Rotation
 
 #: elements that keep the cost of one stream's states around 0.01 bit an element
 SEGMENT_ELEMENTS_MIN = 3 << 15
+
+
+#: for each kv, which of a layer's two planes
+_SIDES = {KV.K: (0,), KV.V: (1,), KV.K | KV.V: (0, 1)}
 
 
 @dataclass(frozen=True)
@@ -33,20 +37,39 @@ class SegmentGroup:
     layer_count: int
 
     @property
+    def layers(self) -> range:
+        return range(self.layer_first, self.layer_first + self.layer_count)
+
+    @property
     def plane_indices(self) -> list[int]:
         """Positions in the list K₀, V₀, K₁, V₁, …, in coding order."""
-        layers = range(self.layer_first, self.layer_first + self.layer_count)
-        return [2 * layer + side for layer in layers for side, plane in enumerate((KV.K, KV.V)) if plane in self.kv]
+        sides = _SIDES[self.kv]
+        return [2 * layer + side for layer in self.layers for side in sides]
 
 
 def segment_groups(layout: KVLayout, tokens: int) -> list[SegmentGroup]:
-    """The encoder's grouping for a chunk of `tokens` tokens, in payload order."""
-    smallest = min(min(layer.k_channels, layer.v_channels) for layer in layout.layers) * tokens
+    """The encoder's grouping for a chunk of `tokens` tokens, in payload order. Recurrent state, which is always exact,
+    never shares a segment with anything else."""
+    groups = []
+    for state, run in itertools.groupby(range(layout.num_layers), lambda layer: is_state(layout, layer)):
+        layers = list(run)
+        groups += _groups(layout, tokens, layers[0], len(layers), state)
+    return groups
+
+
+def is_state(layout: KVLayout, layer: int) -> bool:
+    return layout.layers[layer].kind is LayerKind.STATE
+
+
+def _groups(layout: KVLayout, tokens: int, first: int, layers: int, state: bool) -> list[SegmentGroup]:
+    chosen = layout.layers[first : first + layers]
+    smallest = min(min(layer.k_channels, layer.v_channels) for layer in chosen) * tokens
     if smallest >= SEGMENT_ELEMENTS_MIN:
-        return [SegmentGroup(kv, layer, 1) for layer in range(layout.num_layers) for kv in (KV.K, KV.V)]
-    count = max(1, min(layout.num_layers, layout.elements_per_token * tokens // SEGMENT_ELEMENTS_MIN))
-    edges = [index * layout.num_layers // count for index in range(count + 1)]
-    return [SegmentGroup(KV.K | KV.V, first, last - first) for first, last in itertools.pairwise(edges)]
+        return [SegmentGroup(kv, layer, 1) for layer in range(first, first + layers) for kv in (KV.K, KV.V)]
+    elements = sum(layer.k_channels + layer.v_channels for layer in chosen) * tokens
+    count = max(1, min(layers, elements // SEGMENT_ELEMENTS_MIN))
+    edges = [first + index * layers // count for index in range(count + 1)]
+    return [SegmentGroup(KV.K | KV.V, edge, end - edge) for edge, end in itertools.pairwise(edges)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,28 +89,68 @@ class CodedPlane:
         return int(self.bits.shape[1] * self.bits.shape[2])
 
 
-class SegmentCoder(Protocol):
-    """What the NumPy reference and the C++ core both provide, bit for bit alike."""
+class GroupProfile(Protocol):
+    """What a coder reads of a `profile.ProfileGroup`; see there for shapes and meaning."""
 
-    def drain_tokens(self, k: Plane, v: Plane, sinks: int, dtype: str) -> npt.NDArray[np.uint16]:
-        """Ascending indices of the tokens whose K or V norm is far below the layer's median."""
+    @property
+    def mean(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def weight(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def basis(self) -> npt.NDArray[np.float16] | None: ...
+    @property
+    def scale_ids(self) -> npt.NDArray[np.uint8]: ...
+    @property
+    def components(self) -> int: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LossySegment:
+    """One segment as a coder sees it.
+
+    `drains`: ascending indices of its drain tokens (encoders only); None: the encoder finds them, in planes that are K
+    and V of whole layers. `profile`: where means, units and scales come from,
+    None: they travel in the segment. `step_quarters`: the base step is 2^(step_quarters/4) units of the profile
+    (encoders only).
+    """
+
+    planes: Sequence[CodedPlane]
+    drains: npt.NDArray[np.uint16] | None
+    profile: GroupProfile | None = None
+    step_quarters: int = 0
+
+
+NO_DRAINS: npt.NDArray[np.uint16] = np.zeros(0, np.uint16)
+
+
+class SegmentCoder(Protocol):
+    """What the NumPy reference and the C++ core both provide, bit for bit alike. Segments are independent: a coder may
+    work on `threads` of them at a time."""
+
+    def drain_tokens(
+        self, groups: Sequence[Sequence[tuple[Plane, Plane]]], sinks: int, dtype: str, threads: int
+    ) -> list[npt.NDArray[np.uint16]]:
+        """For each group of layers' (K, V): ascending indices of the tokens whose K or V norm is far below a layer's
+        median; none where they are more than half."""
 
     def encode_lossy(
-        self,
-        planes: Sequence[CodedPlane],
-        drains: npt.NDArray[np.uint16],
-        sinks: int,
-        dtype: str,
-        levels: int,
-    ) -> list[bytes]:
-        """Payloads of quality layers 0…levels−1. Raises ValuesError for values that are not finite."""
+        self, segments: Sequence[LossySegment], sinks: int, dtype: str, levels: int, threads: int
+    ) -> list[list[bytes]]:
+        """For each segment the payloads of quality layers 0…levels−1. Raises ValuesError for values not finite."""
 
     def decode_lossy(
-        self, payloads: Sequence[memoryview], planes: Sequence[CodedPlane], sinks: int, dtype: str
+        self,
+        segments: Sequence[LossySegment],
+        payloads: Sequence[Sequence[memoryview]],
+        sinks: int,
+        dtype: str,
+        threads: int,
     ) -> None:
-        """Writes `planes` from the payloads of quality layers 0…n−1. Raises DamagedObject."""
+        """Writes each segment's planes from its payloads of quality layers 0…n−1. Raises DamagedObject."""
 
-    def encode_lossless(self, planes: Sequence[Plane], dtype: str) -> bytes: ...
+    def encode_lossless(self, segments: Sequence[Sequence[Plane]], dtype: str, threads: int) -> list[bytes]: ...
 
-    def decode_lossless(self, payload: memoryview, planes: Sequence[Plane], dtype: str) -> None:
+    def decode_lossless(
+        self, segments: Sequence[Sequence[Plane]], payloads: Sequence[memoryview], dtype: str, threads: int
+    ) -> None:
         """Raises DamagedObject."""

@@ -26,6 +26,7 @@ EXPONENT_ESCAPE = 63
 
 #: a channel's stored scale id is its scale index + 8, 0–63, so that channels which only a refinement codes have one
 SCALE_ID_OFFSET = 8
+SCALE_ID_MAX = 63
 #: channels under this scale index are not coded: σ/step < 0.16
 SCALE_CODED_MIN = 6
 #: scale index grows by this much from step D to D/3 and D/9: round(4·log2 3), round(4·log2 9)
@@ -57,7 +58,7 @@ def _read() -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.N
     shapes: list[tuple[str, tuple[int, ...]]] = [
         ("<u2", (SCALES, SYMBOLS)),
         ("<u2", (SCALES, 3, 3)),
-        ("<f2", (SCALES, 2 * VALUE_MAX + 1)),
+        ("<f2", (SCALES, 4)),
         ("<u2", (EXPONENT_TABLES, EXPONENT_SYMBOLS)),
     ]
     arrays, at = [], 0
@@ -68,7 +69,7 @@ def _read() -> tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.N
     return arrays[0], arrays[1], arrays[2], arrays[3]
 
 
-_symbol_freq, _digit_freq, _centroids, _exponent_freq = _read()
+_symbol_freq, _digit_freq, _shrinkage, _exponent_freq = _read()
 
 #: [48] tables of 256 symbols: a channel's first coded value
 VALUES = SlotTable.of(_symbol_freq)
@@ -76,8 +77,8 @@ VALUES = SlotTable.of(_symbol_freq)
 DIGITS = SlotTable.of(_digit_freq)
 #: [40] tables of 64 symbols: distance below a channel's base exponent
 EXPONENTS = SlotTable.of(_exponent_freq)
-#: [48, 255] float32: centroid, in steps, of values −127…127
-CENTROIDS = _centroids.astype(np.float32)
+#: [48, 4] float32: how far, in steps, the centroid of a value of magnitude 0, 1, 2, 3 or more lies nearer to zero
+SHRINKAGE = _shrinkage.astype(np.float32)
 
 
 def _scale_thresholds() -> npt.NDArray[np.float64]:

@@ -12,9 +12,9 @@
 #include <tuple>
 #include <utility>
 
-#include "avx512.hpp"
 #include "lossless.hpp"
 #include "lossy.hpp"
+#include "parallel.hpp"
 
 namespace nb = nanobind;
 using namespace kvstore;
@@ -24,14 +24,26 @@ namespace {
 // Read-only, since encoders take what they are given; decoders are handed writable memory by arrays.planes_to_write.
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
 using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using FloatArray = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using U8Array = nb::ndarray<const u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U16Array = nb::ndarray<const u16, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U16Table = nb::ndarray<const u16, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using I32Table = nb::ndarray<const i32, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using I64Array = nb::ndarray<const i64, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoubleArray = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Rotations = std::optional<std::tuple<FloatTable, FloatTable, bool>>;
 using Payload = nb::ndarray<const u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-// (bits [tokens, heads, dim], rotation, step factor)
-using PlaneArgument = std::tuple<AnyArray, Rotations, double>;
+using Rotations = std::optional<std::tuple<FloatTable, FloatTable, bool>>;
+// (block ids, tokens, first token), for a plane in pages
+using Pages = std::optional<std::tuple<I64Array, std::size_t, std::size_t>>;
+// (bits [tokens, heads, dim], or pages [blocks, page tokens, heads, dim]; pages)
+using PlaneArgument = std::tuple<AnyArray, Pages>;
+// (plane, rotation, step factor)
+using CodedArgument = std::tuple<PlaneArgument, Rotations, double>;
+// (mean, weight, basis, scale ids)
+using ProfileArgument = std::tuple<FloatArray, FloatArray, std::optional<U16Table>, U8Array>;
+// (planes, drain tokens, or none: to be found by the encoder; profile, step exponent)
+using SegmentArgument = std::tuple<std::vector<CodedArgument>, std::optional<U16Array>, std::optional<ProfileArgument>, int>;
+using LayerArgument = std::tuple<PlaneArgument, PlaneArgument>;
 
 // numpy's and ml_dtypes' name of a DLPack element type; "" for one that kvstore does not store.
 std::string dtype_name(nb::dlpack::dtype type) {
@@ -63,46 +75,123 @@ std::pair<std::string, nb::object> view_bits(nb::ndarray<nb::device::cpu> array)
     return {name, nb::cast(view)};
 }
 
-PlaneView plane_view(const AnyArray& array, std::size_t tokens, Dtype dtype) {
-    const bool fits = array.ndim() == 3 && array.shape(0) == tokens && array.itemsize() == element_bytes(dtype) &&
-                      (tokens == 0 || array.shape(1) * array.shape(2) == 0 ||
-                       ((array.shape(2) == 1 || array.stride(2) == 1) &&
-                        (array.shape(1) == 1 || array.stride(1) == static_cast<i64>(array.shape(2)))));
-    if (!fits) throw nb::value_error("a plane must be [tokens, heads, dim] with contiguous rows");
-    return {static_cast<u8*>(const_cast<void*>(array.data())), tokens, array.shape(1), array.shape(2),
-            static_cast<std::ptrdiff_t>(array.stride(0)) * static_cast<std::ptrdiff_t>(array.itemsize())};
+PlaneView plane_view(const PlaneArgument& argument, Dtype dtype) {
+    const auto& [array, pages] = argument;
+    const std::size_t axes = pages ? 4 : 3;
+    if (array.ndim() != axes || array.itemsize() != element_bytes(dtype))
+        throw nb::value_error("a plane must be [tokens, heads, dim], or [blocks, page tokens, heads, dim], in the dtype given");
+    const auto stride = [&](std::size_t axis) {
+        return static_cast<std::ptrdiff_t>(array.stride(axis)) * static_cast<std::ptrdiff_t>(array.itemsize());
+    };
+    PlaneView plane;
+    plane.data = static_cast<u8*>(const_cast<void*>(array.data()));
+    plane.heads = array.shape(axes - 2);
+    plane.dim = array.shape(axes - 1);
+    plane.token_stride = stride(axes - 3);
+    plane.head_stride = stride(axes - 2);
+    plane.dim_stride = stride(axes - 1);
+    plane.tokens = array.shape(0);
+    if (pages) {
+        const auto& [block_ids, tokens, first_token] = *pages;
+        plane.tokens = tokens;
+        plane.first_token = first_token;
+        plane.pages = block_ids.data();
+        plane.page_tokens = array.shape(1);
+        plane.page_stride = stride(0);
+        const bool fits = tokens <= 0xFFFF && first_token <= block_ids.size() * plane.page_tokens &&
+                          tokens <= block_ids.size() * plane.page_tokens - first_token;
+        for (std::size_t i = 0; i < block_ids.size(); ++i)
+            if (block_ids.data()[i] < 0 || static_cast<std::size_t>(block_ids.data()[i]) >= array.shape(0) || !fits)
+                throw nb::value_error("block ids must name pages, enough for the tokens");
+        if (!fits) throw nb::value_error("block ids must name pages, enough for the tokens");
+    }
+    if (plane.tokens == 0 || plane.tokens > 0xFFFF) throw nb::value_error("a plane has 1 to 65535 tokens");
+    return plane;
 }
 
-std::size_t common_tokens(const AnyArray& first, std::size_t sinks) {
-    if (first.ndim() != 3 || first.shape(0) == 0 || first.shape(0) > 0xFFFF || sinks > first.shape(0))
-        throw nb::value_error("a plane must be [tokens, heads, dim] with 1 to 65535 tokens, sinks among them");
-    return first.shape(0);
+void check_same_tokens(std::span<const PlaneView> planes, std::size_t sinks) {
+    if (planes.empty()) throw nb::value_error("a segment has at least one plane");
+    for (const PlaneView& plane : planes)
+        if (plane.tokens != planes.front().tokens || sinks > plane.tokens)
+            throw nb::value_error("planes of a segment have the same tokens, sinks among them");
 }
 
-std::vector<CodedPlane> coded_planes(const std::vector<PlaneArgument>& arguments, std::size_t sinks, Dtype dtype) {
-    if (arguments.empty()) throw nb::value_error("a segment has at least one plane");
-    const std::size_t tokens = common_tokens(std::get<0>(arguments.front()), sinks);
-    std::vector<CodedPlane> planes;
-    for (const auto& [array, rotation, step_factor] : arguments) {
-        CodedPlane coded{plane_view(array, tokens, dtype), {}, step_factor};
+std::vector<PlaneView> plane_views(const std::vector<PlaneArgument>& arguments, Dtype dtype) {
+    std::vector<PlaneView> planes;
+    for (const PlaneArgument& argument : arguments) planes.push_back(plane_view(argument, dtype));
+    check_same_tokens(planes, 0);
+    return planes;
+}
+
+// A segment and the profile that it may point at.
+struct HeldSegment {
+    LossySegment segment;
+    GroupProfile profile;
+};
+
+// In place, since the segment points into its holder.
+void hold(const SegmentArgument& argument, std::size_t sinks, Dtype dtype, HeldSegment& held) {
+    const auto& [planes, drains, profile, step_quarters] = argument;
+    std::vector<PlaneView> views;
+    for (const auto& [plane, rotation, step_factor] : planes) {
+        CodedPlane coded{plane_view(plane, dtype), {}, step_factor};
         if (rotation) {
             const auto& [cos, sin, interleaved] = *rotation;
-            if (cos.shape(0) != tokens || sin.shape(0) != tokens || cos.shape(1) != sin.shape(1) ||
+            if (cos.shape(0) != coded.plane.tokens || sin.shape(0) != cos.shape(0) || cos.shape(1) != sin.shape(1) ||
                 2 * cos.shape(1) > coded.plane.dim)
                 throw nb::value_error("rotation tables must be [tokens, pairs] with 2 * pairs <= dim");
             coded.rotation = {cos.data(), sin.data(), cos.shape(1), interleaved};
         }
-        planes.push_back(coded);
+        views.push_back(coded.plane);
+        held.segment.planes.push_back(coded);
     }
-    return planes;
+    check_same_tokens(views, sinks);
+    held.segment.find_drains = !drains;
+    if (drains) held.segment.drains = {drains->data(), drains->size()};
+    const std::span<const u16> listed = held.segment.drains;
+    for (std::size_t i = 0; i < listed.size(); ++i)
+        if (listed[i] < sinks || listed[i] >= views.front().tokens || (i > 0 && listed[i] <= listed[i - 1]))
+            throw nb::value_error("drain tokens must ascend, after the sinks");
+    if (held.segment.find_drains && views.size() % 2 != 0) throw nb::value_error("drain tokens need K and V of each layer");
+    if (step_quarters < -128 || step_quarters > 127) throw nb::value_error("the step exponent has eight bits");
+    held.segment.step_quarters = step_quarters;
+    if (!profile) return;
+    const auto& [mean, weight, basis, scale_ids] = *profile;
+    held.profile = {mean.data(), weight.data(), basis ? basis->data() : nullptr, scale_ids.data(), mean.size(), scale_ids.size()};
+    const bool fits = weight.size() == mean.size() && mean.size() == held.segment.channels() &&
+                      (basis ? basis->shape(0) == scale_ids.size() && basis->shape(1) == mean.size() : scale_ids.size() == mean.size());
+    if (!fits) throw nb::value_error("a profile's arrays must fit its planes");
+    for (std::size_t j = 0; j < scale_ids.size(); ++j)
+        if (scale_ids.data()[j] > LossyTables::kScaleIdMax)
+            throw nb::value_error("scale ids are 0 to 63");
+    held.segment.profile = &held.profile;
 }
 
-std::vector<PlaneView> plane_views(const std::vector<AnyArray>& arrays, Dtype dtype) {
-    if (arrays.empty()) throw nb::value_error("a segment has at least one plane");
-    const std::size_t tokens = common_tokens(arrays.front(), 0);
-    std::vector<PlaneView> planes;
-    for (const AnyArray& array : arrays) planes.push_back(plane_view(array, tokens, dtype));
-    return planes;
+std::vector<HeldSegment> hold_all(const std::vector<SegmentArgument>& arguments, std::size_t sinks, Dtype dtype) {
+    std::vector<HeldSegment> held(arguments.size());
+    for (std::size_t s = 0; s < arguments.size(); ++s) hold(arguments[s], sinks, dtype, held[s]);
+    return held;
+}
+
+// The first that is not ok.
+Status worst_of(std::span<const Status> statuses) {
+    for (const Status status : statuses)
+        if (status != Status::ok) return status;
+    return Status::ok;
+}
+
+const Kernels& kernels_or_throw(int isa) {
+    const Kernels* kernels = isa >= 0 && isa <= static_cast<int>(Isa::avx512) ? kernels_for(static_cast<Isa>(isa)) : nullptr;
+    if (kernels == nullptr) throw nb::value_error("this CPU, or this build, lacks the instruction set");
+    return *kernels;
+}
+
+// Names of the instruction sets that can be used, by number; the last is the best.
+std::vector<std::pair<int, std::string>> instruction_sets() {
+    std::vector<std::pair<int, std::string>> found;
+    for (const Isa isa : {Isa::scalar, Isa::avx2, Isa::avx512})
+        if (const Kernels* kernels = kernels_for(isa)) found.emplace_back(static_cast<int>(isa), kernels->name);
+    return found;
 }
 
 nb::bytes to_bytes(const Bytes& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
@@ -117,71 +206,108 @@ SlotTable slot_table(const U16Table& frequencies, bool with_slots) {
 // Both codecs with their tables; immutable, shared by all threads.
 class Coder {
   public:
-    Coder(const U16Table& values, const U16Table& digits, const FloatTable& centroids, const DoubleArray& thresholds,
-          const DoubleArray& variances, const U16Table& exponents, const I32Table& costs, bool vector)
-        : lossy_(lossy_tables(values, digits, centroids, thresholds, variances), vector),
-          lossless_(lossless_tables(exponents, costs)) {
-        if (vector && !avx512::supported()) throw nb::value_error("this CPU has no AVX-512");
+    Coder(const U16Table& values, const U16Table& digits, const FloatTable& shrinkage, const DoubleArray& thresholds,
+          const DoubleArray& variances, const U16Table& exponents, const I32Table& costs, int isa)
+        : lossy_(lossy_tables(values, digits, shrinkage, thresholds, variances), kernels_or_throw(isa),
+                 static_cast<gemm::Isa>(isa)),
+          lossless_(lossless_tables(exponents, costs), kernels_or_throw(isa)) {
+        if (!gemm::supported(static_cast<gemm::Isa>(isa))) throw nb::value_error("this CPU lacks the instruction set");
     }
 
-    nb::ndarray<nb::numpy, u16, nb::ndim<1>> drain_tokens(const AnyArray& k, const AnyArray& v, std::size_t sinks, int dtype) const {
+    std::vector<nb::ndarray<nb::numpy, u16, nb::ndim<1>>> drain_tokens(const std::vector<std::vector<LayerArgument>>& groups,
+                                                                       std::size_t sinks, int dtype, std::size_t threads) const {
         const Dtype type = static_cast<Dtype>(dtype);
-        const std::size_t tokens = common_tokens(k, sinks);
-        const PlaneView k_plane = plane_view(k, tokens, type), v_plane = plane_view(v, tokens, type);
-        auto* found = new std::vector<u16>;
-        nb::capsule owner(found, [](void* p) noexcept { delete static_cast<std::vector<u16>*>(p); });
+        std::vector<std::vector<DrainLayer>> layers(groups.size());
+        for (std::size_t g = 0; g < groups.size(); ++g) {
+            std::vector<PlaneView> views;
+            for (const auto& [k, v] : groups[g]) {
+                layers[g].push_back({plane_view(k, type), plane_view(v, type)});
+                views.push_back(layers[g].back().k);
+                views.push_back(layers[g].back().v);
+            }
+            check_same_tokens(views, sinks);
+        }
+        std::vector<std::vector<u16>> found(groups.size());
         {
             nb::gil_scoped_release release;
-            *found = kvstore::drain_tokens(k_plane, v_plane, sinks, type);
+            parallel_for(groups.size(), threads, [&](std::size_t g) { found[g] = lossy_.drain_tokens(layers[g], sinks, type); });
         }
-        return {found->data(), {found->size()}, owner};
+        std::vector<nb::ndarray<nb::numpy, u16, nb::ndim<1>>> out;
+        for (std::vector<u16>& tokens : found) {
+            auto* kept = new std::vector<u16>(std::move(tokens));
+            nb::capsule owner(kept, [](void* p) noexcept { delete static_cast<std::vector<u16>*>(p); });
+            out.emplace_back(kept->data(), std::initializer_list<std::size_t>{kept->size()}, owner);
+        }
+        return out;
     }
 
-    std::pair<int, std::vector<nb::bytes>> encode_lossy(const std::vector<PlaneArgument>& arguments,
-                                                        const U16Array& drains, std::size_t sinks, int dtype,
-                                                        int levels) const {
+    std::pair<int, std::vector<std::vector<nb::bytes>>> encode_lossy(const std::vector<SegmentArgument>& arguments,
+                                                                     std::size_t sinks, int dtype, int levels,
+                                                                     std::size_t threads) const {
         const Dtype type = static_cast<Dtype>(dtype);
-        const std::vector<CodedPlane> planes = coded_planes(arguments, sinks, type);
-        const std::span<const u16> drain_list{drains.data(), drains.size()};
         check_lossy(type, levels);
-        check_drains(drain_list, sinks, planes.front().plane.tokens);
-        std::vector<Bytes> payloads;
-        Status status;
+        const std::vector<HeldSegment> segments = hold_all(arguments, sinks, type);
+        std::vector<std::vector<Bytes>> payloads(segments.size());
+        std::vector<Status> statuses(segments.size(), Status::ok);
         {
             nb::gil_scoped_release release;
-            status = lossy_.encode(planes, drain_list, sinks, type, levels, payloads);
+            parallel_for(segments.size(), threads, [&](std::size_t s) {
+                statuses[s] = lossy_.encode(segments[s].segment, sinks, type, levels, payloads[s]);
+            });
         }
-        std::vector<nb::bytes> out;
-        if (status == Status::ok)
-            for (const Bytes& payload : payloads) out.push_back(to_bytes(payload));
+        const Status status = worst_of(statuses);
+        std::vector<std::vector<nb::bytes>> out;
+        for (std::size_t s = 0; s < segments.size() && status == Status::ok; ++s) {
+            out.emplace_back();
+            for (const Bytes& payload : payloads[s]) out.back().push_back(to_bytes(payload));
+        }
         return {static_cast<int>(status), std::move(out)};
     }
 
-    int decode_lossy(const std::vector<Payload>& payloads, const std::vector<PlaneArgument>& arguments,
-                     std::size_t sinks, int dtype) const {
+    int decode_lossy(const std::vector<SegmentArgument>& arguments, const std::vector<std::vector<Payload>>& payloads,
+                     std::size_t sinks, int dtype, std::size_t threads) const {
         const Dtype type = static_cast<Dtype>(dtype);
-        const std::vector<CodedPlane> planes = coded_planes(arguments, sinks, type);
-        check_lossy(type, static_cast<int>(payloads.size()));
-        std::vector<ByteView> views;
-        for (const Payload& payload : payloads) views.emplace_back(payload.data(), payload.size());
+        if (payloads.size() != arguments.size()) throw nb::value_error("one list of payloads a segment");
+        const std::vector<HeldSegment> segments = hold_all(arguments, sinks, type);
+        std::vector<std::vector<ByteView>> views(segments.size());
+        for (std::size_t s = 0; s < segments.size(); ++s) {
+            check_lossy(type, static_cast<int>(payloads[s].size()));
+            for (const Payload& payload : payloads[s]) views[s].emplace_back(payload.data(), payload.size());
+        }
+        std::vector<Status> statuses(segments.size(), Status::ok);
         nb::gil_scoped_release release;
-        return static_cast<int>(lossy_.decode(views, planes, sinks, type));
+        parallel_for(segments.size(), threads,
+                     [&](std::size_t s) { statuses[s] = lossy_.decode(segments[s].segment, views[s], sinks, type); });
+        return static_cast<int>(worst_of(statuses));
     }
 
-    nb::bytes encode_lossless(const std::vector<AnyArray>& arrays, int dtype) const {
-        const std::vector<PlaneView> planes = plane_views(arrays, static_cast<Dtype>(dtype));
-        Bytes payload;
+    std::vector<nb::bytes> encode_lossless(const std::vector<std::vector<PlaneArgument>>& arguments, int dtype,
+                                           std::size_t threads) const {
+        const Dtype type = static_cast<Dtype>(dtype);
+        std::vector<std::vector<PlaneView>> segments;
+        for (const auto& planes : arguments) segments.push_back(plane_views(planes, type));
+        std::vector<Bytes> payloads(segments.size());
         {
             nb::gil_scoped_release release;
-            payload = lossless_.encode(planes, static_cast<Dtype>(dtype));
+            parallel_for(segments.size(), threads, [&](std::size_t s) { payloads[s] = lossless_.encode(segments[s], type); });
         }
-        return to_bytes(payload);
+        std::vector<nb::bytes> out;
+        for (const Bytes& payload : payloads) out.push_back(to_bytes(payload));
+        return out;
     }
 
-    int decode_lossless(const Payload& payload, const std::vector<AnyArray>& arrays, int dtype) const {
-        const std::vector<PlaneView> planes = plane_views(arrays, static_cast<Dtype>(dtype));
+    int decode_lossless(const std::vector<std::vector<PlaneArgument>>& arguments, const std::vector<Payload>& payloads, int dtype,
+                        std::size_t threads) const {
+        const Dtype type = static_cast<Dtype>(dtype);
+        if (payloads.size() != arguments.size()) throw nb::value_error("one payload a segment");
+        std::vector<std::vector<PlaneView>> segments;
+        for (const auto& planes : arguments) segments.push_back(plane_views(planes, type));
+        std::vector<Status> statuses(segments.size(), Status::ok);
         nb::gil_scoped_release release;
-        return static_cast<int>(lossless_.decode({payload.data(), payload.size()}, planes, static_cast<Dtype>(dtype)));
+        parallel_for(segments.size(), threads, [&](std::size_t s) {
+            statuses[s] = lossless_.decode({payloads[s].data(), payloads[s].size()}, segments[s], type);
+        });
+        return static_cast<int>(worst_of(statuses));
     }
 
   private:
@@ -189,19 +315,14 @@ class Coder {
         if (dtype > Dtype::float32 || levels < 1 || levels > 3)
             throw nb::value_error("lossy coding takes bfloat16, float16 or float32 and 1 to 3 levels");
     }
-    static void check_drains(std::span<const u16> drains, std::size_t sinks, std::size_t tokens) {
-        for (std::size_t i = 0; i < drains.size(); ++i)
-            if (drains[i] < sinks || drains[i] >= tokens || (i > 0 && drains[i] <= drains[i - 1]))
-                throw nb::value_error("drain tokens must ascend, after the sinks");
-    }
-    static LossyTables lossy_tables(const U16Table& values, const U16Table& digits, const FloatTable& centroids,
+    static LossyTables lossy_tables(const U16Table& values, const U16Table& digits, const FloatTable& shrinkage,
                                     const DoubleArray& thresholds, const DoubleArray& variances) {
         if (values.shape(0) != LossyTables::kScales || values.shape(1) != 256 || digits.shape(0) != 3 * LossyTables::kScales ||
-            digits.shape(1) != 3 || centroids.shape(0) != LossyTables::kScales || centroids.shape(1) != LossyTables::kCentroids ||
+            digits.shape(1) != 3 || shrinkage.shape(0) != LossyTables::kScales || shrinkage.shape(1) != LossyTables::kShrinkage ||
             thresholds.size() != 63 || variances.size() != 64)
             throw nb::value_error("lossy tables have the wrong shapes");
         return {slot_table(values, true), slot_table(digits, false),
-                {centroids.data(), centroids.data() + centroids.size()},
+                {shrinkage.data(), shrinkage.data() + shrinkage.size()},
                 {thresholds.data(), thresholds.data() + thresholds.size()},
                 {variances.data(), variances.data() + variances.size()}};
     }
@@ -223,20 +344,18 @@ NB_MODULE(_native, m) {
     nb::set_leak_warnings(false);  // the coder is a module-level constant, alive when the interpreter ends
     m.def("view_bits", &view_bits, nb::arg("array").noconvert(),
           "(dtype name, the array's memory as unsigned integers of its element size, sharing it)");
-    m.def("has_avx512", &avx512::supported, "whether this build and this CPU have it");
+    m.def("instruction_sets", &instruction_sets, "(number, name) of those that this build and this CPU have; the last is the best");
     nb::class_<Coder>(m, "Coder", "Codes segments; see kvstore_codec.segments.SegmentCoder")
         .def(nb::init<const U16Table&, const U16Table&, const FloatTable&, const DoubleArray&, const DoubleArray&,
-                      const U16Table&, const I32Table&, bool>(),
-             nb::arg("values"), nb::arg("digits"), nb::arg("centroids"), nb::arg("thresholds"), nb::arg("variances"),
-             nb::arg("exponents"), nb::arg("costs"), nb::arg("vector"),
-             "vector: use AVX-512; ValueError where `has_avx512()` is false")
-        .def("drain_tokens", &Coder::drain_tokens, nb::arg("k").noconvert(), nb::arg("v").noconvert(), nb::arg("sinks"),
-             nb::arg("dtype"))
-        .def("encode_lossy", &Coder::encode_lossy, nb::arg("planes"), nb::arg("drains"), nb::arg("sinks"),
-             nb::arg("dtype"), nb::arg("levels"), "(status, payload of each quality layer)")
-        .def("decode_lossy", &Coder::decode_lossy, nb::arg("payloads"), nb::arg("planes"), nb::arg("sinks"),
-             nb::arg("dtype"), "status; writes the planes")
-        .def("encode_lossless", &Coder::encode_lossless, nb::arg("planes"), nb::arg("dtype"))
-        .def("decode_lossless", &Coder::decode_lossless, nb::arg("payload"), nb::arg("planes"), nb::arg("dtype"),
-             "status; writes the planes");
+                      const U16Table&, const I32Table&, int>(),
+             nb::arg("values"), nb::arg("digits"), nb::arg("shrinkage"), nb::arg("thresholds"), nb::arg("variances"),
+             nb::arg("exponents"), nb::arg("costs"), nb::arg("isa"), "isa: a number of `instruction_sets()`, else ValueError")
+        .def("drain_tokens", &Coder::drain_tokens, nb::arg("groups"), nb::arg("sinks"), nb::arg("dtype"), nb::arg("threads"))
+        .def("encode_lossy", &Coder::encode_lossy, nb::arg("segments"), nb::arg("sinks"), nb::arg("dtype"), nb::arg("levels"),
+             nb::arg("threads"), "(status, for each segment the payload of each quality layer)")
+        .def("decode_lossy", &Coder::decode_lossy, nb::arg("segments"), nb::arg("payloads"), nb::arg("sinks"),
+             nb::arg("dtype"), nb::arg("threads"), "status; writes the planes")
+        .def("encode_lossless", &Coder::encode_lossless, nb::arg("segments"), nb::arg("dtype"), nb::arg("threads"))
+        .def("decode_lossless", &Coder::decode_lossless, nb::arg("segments"), nb::arg("payloads"), nb::arg("dtype"),
+             nb::arg("threads"), "status; writes the planes");
 }

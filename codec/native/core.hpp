@@ -23,6 +23,7 @@ using u8 = std::uint8_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
 using u64 = std::uint64_t;
+using i16 = std::int16_t;
 using i32 = std::int32_t;
 using i64 = std::int64_t;
 using Bytes = std::vector<u8>;
@@ -52,17 +53,70 @@ inline constexpr int kLanes = 32;
 inline constexpr u32 kStateMin = 1u << 16;
 inline constexpr int kSlotBits = 12;
 inline constexpr u32 kSlots = 1u << kSlotBits;
-inline constexpr i64 kStreamSymbols = 3 << 15;
+inline constexpr i64 kStreamSymbols = 1 << 17, kStreamPairSymbols = 1 << 15;
+inline constexpr std::size_t kWindow = 32;  // tokens coded block by block before the next come
 
-// One plane: `tokens` rows of `heads * dim` elements, rows `token_stride` bytes apart.
+// One plane of a caller's array: element (token, head, d) lies at the strides' sum, in bytes. In an engine's pages, token
+// t is token (first_token + t) of the pages that `pages` lists.
 struct PlaneView {
     u8* data = nullptr;
     std::size_t tokens = 0, heads = 0, dim = 0;
-    std::ptrdiff_t token_stride = 0;
+    std::ptrdiff_t token_stride = 0, head_stride = 0, dim_stride = 0;
+    const i64* pages = nullptr;
+    std::size_t page_tokens = 0, first_token = 0;
+    std::ptrdiff_t page_stride = 0;
 
     std::size_t channels() const { return heads * dim; }
-    u8* row(std::size_t token) const { return data + static_cast<std::ptrdiff_t>(token) * token_stride; }
+    u8* at(std::size_t token) const {
+        if (pages == nullptr) return data + static_cast<std::ptrdiff_t>(token) * token_stride;
+        const std::size_t place = first_token + token;
+        return data + static_cast<std::ptrdiff_t>(pages[place / page_tokens]) * page_stride +
+               static_cast<std::ptrdiff_t>(place % page_tokens) * token_stride;
+    }
+    // Whether a token's elements lie together.
+    bool whole_rows(std::size_t bytes) const {
+        const auto element = static_cast<std::ptrdiff_t>(bytes);
+        return (dim <= 1 || dim_stride == element) && (heads <= 1 || head_stride == static_cast<std::ptrdiff_t>(dim) * element);
+    }
 };
+
+namespace detail {
+// Copies a token's elements between the plane and a row, `to_row` or back.
+template <std::size_t Bytes, bool ToRow>
+void copy_row(const PlaneView& plane, std::size_t token, u8* row) {
+    u8* const first = plane.at(token);
+    const bool together = plane.dim <= 1 || plane.dim_stride == static_cast<std::ptrdiff_t>(Bytes);
+    for (std::size_t head = 0; head < plane.heads; ++head) {
+        u8* from = first + static_cast<std::ptrdiff_t>(head) * plane.head_stride;
+        if (together) {
+            if constexpr (ToRow) std::memcpy(row, from, plane.dim * Bytes);
+            else std::memcpy(from, row, plane.dim * Bytes);
+            row += plane.dim * Bytes;
+            continue;
+        }
+        for (std::size_t d = 0; d < plane.dim; ++d, row += Bytes, from += plane.dim_stride) {
+            if constexpr (ToRow) std::memcpy(row, from, Bytes);
+            else std::memcpy(from, row, Bytes);
+        }
+    }
+}
+template <bool ToRow>
+void copy_row(const PlaneView& plane, std::size_t token, std::size_t bytes, u8* row) {
+    if (plane.channels() == 0) return;  // such a plane has no memory
+    switch (bytes) {
+        case 1: return copy_row<1, ToRow>(plane, token, row);
+        case 2: return copy_row<2, ToRow>(plane, token, row);
+        default: return copy_row<4, ToRow>(plane, token, row);
+    }
+}
+}  // namespace detail
+
+inline void read_row(const PlaneView& plane, std::size_t token, std::size_t bytes, u8* row) {
+    detail::copy_row<true>(plane, token, bytes, row);
+}
+inline void write_row(const PlaneView& plane, std::size_t token, std::size_t bytes, const u8* row) {
+    detail::copy_row<false>(plane, token, bytes, const_cast<u8*>(row));
+}
 
 // Rotation of a plane's keys: `pairs` angles a token; absent where pairs == 0.
 struct RotationView {

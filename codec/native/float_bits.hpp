@@ -7,16 +7,6 @@
 
 namespace kvstore {
 
-inline float bfloat16_to_float(u16 bits) { return std::bit_cast<float>(static_cast<u32>(bits) << 16); }
-
-inline u16 float_to_bfloat16(float value) {
-    const u32 word = std::bit_cast<u32>(value);
-    const u32 sign = word & 0x80000000u, magnitude = word & 0x7FFFFFFFu;
-    u32 rounded = (magnitude + 0x7FFFu + (magnitude >> 16 & 1u)) & 0xFFFF0000u;
-    if (rounded > 0x7F7F0000u) rounded = 0x7F7F0000u;
-    return static_cast<u16>((sign | rounded) >> 16);
-}
-
 inline float float16_to_float(u16 bits) {
     const u32 sign = static_cast<u32>(bits & 0x8000u) << 16;
     const u32 exponent = bits >> 10 & 0x1Fu, mantissa = bits & 0x3FFu;
@@ -37,11 +27,9 @@ inline u16 float_to_float16(float value) {
     return static_cast<u16>(sign | ((bits + 0xFFFu + (bits >> 13 & 1u)) >> 13) - (112u << 10));
 }
 
+// Of float16 and float32; bfloat16 is the kernels' business.
 inline void row_to_float(const u8* row, std::size_t count, Dtype dtype, float* out) {
     switch (dtype) {
-        case Dtype::bfloat16:
-            for (std::size_t i = 0; i < count; ++i) out[i] = bfloat16_to_float(load<u16>(row + 2 * i));
-            break;
         case Dtype::float16:
             for (std::size_t i = 0; i < count; ++i) out[i] = float16_to_float(load<u16>(row + 2 * i));
             break;
@@ -51,12 +39,6 @@ inline void row_to_float(const u8* row, std::size_t count, Dtype dtype, float* o
 
 inline void row_from_float(const float* values, std::size_t count, Dtype dtype, u8* row) {
     switch (dtype) {
-        case Dtype::bfloat16:
-            for (std::size_t i = 0; i < count; ++i) {
-                const u16 bits = float_to_bfloat16(values[i]);
-                std::memcpy(row + 2 * i, &bits, 2);
-            }
-            break;
         case Dtype::float16:
             for (std::size_t i = 0; i < count; ++i) {
                 const u16 bits = float_to_float16(values[i]);
@@ -64,24 +46,6 @@ inline void row_from_float(const float* values, std::size_t count, Dtype dtype, 
             }
             break;
         default: if (count > 0) std::memcpy(row, values, 4 * count);
-    }
-}
-
-// Rotates one token's keys in place by its angles, or back (`direction` −1).
-inline void rotate_row(float* row, std::size_t heads, std::size_t dim, const RotationView& rotation, std::size_t token,
-                       float direction) {
-    const float* cos = rotation.cos + token * rotation.pairs;
-    const float* sin = rotation.sin + token * rotation.pairs;
-    const std::size_t step = rotation.interleaved ? 2 : 1;
-    const std::size_t apart = rotation.interleaved ? 1 : rotation.pairs;
-    for (std::size_t head = 0; head < heads; ++head, row += dim) {
-        for (std::size_t pair = 0; pair < rotation.pairs; ++pair) {
-            const float c = cos[pair], s = direction * sin[pair];
-            float &first = row[pair * step], &second = row[pair * step + apart];
-            const float a = first, b = second;
-            first = a * c - b * s;
-            second = b * c + a * s;
-        }
     }
 }
 

@@ -27,17 +27,16 @@ u32 load_element(const u8* row, std::size_t index, std::size_t bytes) {
 // Values of `width` bits, least significant first, without gaps.
 class BitWriter {
   public:
-    BitWriter(Bytes& out, int width) : out_(out), width_(width) {}
-    void put(u32 value) {
+    explicit BitWriter(int width) : width_(width) {}
+    void put(Bytes& out, u32 value) {
         held_ |= static_cast<u64>(value) << bits_;
-        for (bits_ += width_; bits_ >= 8; bits_ -= 8, held_ >>= 8) out_.push_back(static_cast<u8>(held_));
+        for (bits_ += width_; bits_ >= 8; bits_ -= 8, held_ >>= 8) out.push_back(static_cast<u8>(held_));
     }
-    void finish() {
-        if (bits_ > 0) out_.push_back(static_cast<u8>(held_));
+    void finish(Bytes& out) {
+        if (bits_ > 0) out.push_back(static_cast<u8>(held_));
     }
 
   private:
-    Bytes& out_;
     u64 held_ = 0;
     int width_, bits_ = 0;
 };
@@ -61,9 +60,115 @@ class BitReader {
 
 std::size_t packed_bytes(std::size_t count, int width) { return (count * static_cast<std::size_t>(width) + 7) / 8; }
 
+constexpr std::size_t kExponents = 256;
+
+std::size_t components_of(std::span<const PlaneView> planes) {
+    std::size_t components = 0;
+    for (const PlaneView& plane : planes) components += plane.channels();
+    return components;
+}
+
+// A plane's rows as exponents and, in `plain`, packed signs and mantissas.
+class RowSplitter {
+  public:
+    RowSplitter(const Kernels& kernels, const PlaneView& plane, FloatBits format, Dtype dtype)
+        : kernels_(kernels), plane_(plane), format_(format), dtype_(dtype), bytes_(element_bytes(dtype)),
+          row_(plane.channels() * bytes_), writer_(format.plain_bits()) {
+        plain_.reserve(packed_bytes(plane.tokens * plane.channels(), format.plain_bits()));
+    }
+    std::size_t channels() const { return plane_.channels(); }
+    // Tokens are read twice: plain bits are kept the first time, in order.
+    void read(std::size_t token, i16* exponents) {
+        const std::size_t count = channels();
+        read_row(plane_, token, bytes_, row_.data());
+        const bool keep = token == kept_;
+        if (keep) ++kept_;
+        if (dtype_ == Dtype::bfloat16) {
+            const std::size_t at = plain_.size();
+            if (keep) plain_.resize(at + count);
+            else scratch_.resize(count);
+            kernels_.split_bfloat16(row_.data(), count, exponents, keep ? plain_.data() + at : scratch_.data());
+            return;
+        }
+        const u32 mantissa_mask = (1u << format_.mantissa_bits) - 1, exponent_mask = (1u << format_.exponent_bits) - 1;
+        for (std::size_t c = 0; c < count; ++c) {
+            const u32 bits = load_element(row_.data(), c, bytes_);
+            exponents[c] = static_cast<i16>(bits >> format_.mantissa_bits & exponent_mask);
+            const u32 sign = bits >> (format_.mantissa_bits + format_.exponent_bits);
+            if (keep) writer_.put(plain_, sign << format_.mantissa_bits | (bits & mantissa_mask));
+        }
+    }
+    void append_plain(Bytes& out) {
+        if (dtype_ != Dtype::bfloat16) writer_.finish(plain_);
+        out.insert(out.end(), plain_.begin(), plain_.end());
+        plain_ = {};
+    }
+
+  private:
+    const Kernels& kernels_;
+    PlaneView plane_;
+    FloatBits format_;
+    Dtype dtype_;
+    std::size_t bytes_, kept_ = 0;
+    Bytes row_, plain_, scratch_;
+    BitWriter writer_;
+};
+
+// The reverse: exponents over packed signs and mantissas, into a plane.
+class RowJoiner {
+  public:
+    RowJoiner(const Kernels& kernels, const PlaneView& plane, FloatBits format, Dtype dtype, const u8* plain)
+        : kernels_(kernels), plane_(plane), format_(format), dtype_(dtype), bytes_(element_bytes(dtype)), plain_(plain),
+          reader_(plain, format.plain_bits()), row_(plane.channels() * bytes_) {}
+    std::size_t channels() const { return plane_.channels(); }
+    // The OR of the exponents, which may be out of range.
+    u16 write(std::size_t token, const i16* exponents) {
+        const std::size_t count = channels();
+        if (count == 0) return 0;
+        const bool in_place = plane_.whole_rows(bytes_);
+        u8* const row = in_place ? plane_.at(token) : row_.data();
+        u16 seen = 0;
+        if (dtype_ == Dtype::bfloat16) {
+            seen = kernels_.join_bfloat16(exponents, plain_, count, row);
+            plain_ += count;
+        } else {
+            const u32 mantissa_mask = (1u << format_.mantissa_bits) - 1, exponent_mask = (1u << format_.exponent_bits) - 1;
+            for (std::size_t c = 0; c < count; ++c) {
+                const u32 value = reader_.get(), exponent = static_cast<u16>(exponents[c]);
+                seen = static_cast<u16>(seen | exponent);
+                const u32 bits = (value >> format_.mantissa_bits) << (format_.mantissa_bits + format_.exponent_bits) |
+                                 (exponent & exponent_mask) << format_.mantissa_bits | (value & mantissa_mask);
+                std::memcpy(row + c * bytes_, &bits, bytes_);
+            }
+        }
+        if (!in_place) write_row(plane_, token, bytes_, row);
+        return seen;
+    }
+
+  private:
+    const Kernels& kernels_;
+    PlaneView plane_;
+    FloatBits format_;
+    Dtype dtype_;
+    std::size_t bytes_;
+    const u8* plain_;
+    BitReader reader_;
+    Bytes row_;
+};
+
+void read_window(std::span<RowSplitter> splitters, std::size_t first, std::size_t steps, WindowBuffers& buffers) {
+    for (std::size_t t = 0; t < steps; ++t) {
+        i16* row = buffers.row(t);
+        for (RowSplitter& splitter : splitters) {
+            splitter.read(first + t, row);
+            row += splitter.channels();
+        }
+    }
+}
+
 }  // namespace
 
-LosslessCodec::LosslessCodec(LosslessTables tables) : tables_(std::move(tables)) {
+LosslessCodec::LosslessCodec(LosslessTables tables, const Kernels& kernels) : tables_(std::move(tables)), kernels_(kernels) {
     using T = LosslessTables;
     cost_columns_.resize(tables_.costs.size());
     for (std::size_t table = 0; table < T::kTables; ++table)
@@ -72,13 +177,11 @@ LosslessCodec::LosslessCodec(LosslessTables tables) : tables_(std::move(tables))
 }
 
 // What each table costs with a base, all tables at a time: a symbol's costs lie together (`cost_columns_`).
-LosslessCodec::Choice LosslessCodec::choose(const u8* exponents, std::size_t tokens) const {
+LosslessCodec::Choice LosslessCodec::choose(const u32* histogram) const {
     using T = LosslessTables;
-    std::array<u32, 256> histogram{};
-    for (std::size_t token = 0; token < tokens; ++token) ++histogram[exponents[token]];
-    std::array<u8, 256> present;
+    std::array<u8, kExponents> present;
     std::size_t kinds = 0;
-    for (std::size_t exponent = 0; exponent < histogram.size(); ++exponent)
+    for (std::size_t exponent = 0; exponent < kExponents; ++exponent)
         if (histogram[exponent] > 0) present[kinds++] = static_cast<u8>(exponent);
     const int top = present[kinds - 1];
     Choice best;
@@ -101,154 +204,101 @@ LosslessCodec::Choice LosslessCodec::choose(const u8* exponents, std::size_t tok
     return best;
 }
 
-std::vector<LosslessCodec::Block> LosslessCodec::blocks(std::span<const u8> tables) {
-    std::array<std::vector<u32>, LosslessTables::kTables> by_table;
+ClassPlan LosslessCodec::plan(std::span<const u8> tables, std::span<const u8> bases) const {
+    using T = LosslessTables;
+    std::array<std::vector<u32>, T::kTables> by_table;
     for (std::size_t c = 0; c < tables.size(); ++c) by_table[tables[c]].push_back(static_cast<u32>(c));
-    std::vector<Block> out;
-    Block block{{}, 0};
-    for (const auto& list : by_table)
-        for (const u32 component : list) {
-            block.components[static_cast<std::size_t>(block.lanes)] = component;
-            if (++block.lanes == kLanes) {
-                out.push_back(block);
-                block.lanes = 0;
-            }
+    ClassPlan plan;
+    Block block{{}, 0, 0};
+    ValueLanes lanes;
+    const auto close = [&] {
+        plan.blocks.push_back(block);
+        plan.values.push_back(lanes);
+        block.lanes = 0;
+        lanes = {};
+    };
+    for (std::size_t table = 0; table < by_table.size(); ++table)
+        for (const u32 c : by_table[table]) {
+            const auto l = static_cast<std::size_t>(block.lanes);
+            block.components[l] = c;
+            lanes.slots[l] = static_cast<i32>(table * kSlots);
+            lanes.codes[l] = static_cast<i32>(table * T::kSymbols);
+            lanes.add[l] = bases[c];
+            lanes.count = ++block.lanes;
+            if (block.lanes == kLanes) close();
         }
-    if (block.lanes > 0) out.push_back(block);
-    return out;
+    if (block.lanes > 0) close();
+    plan.counts[0] = plan.blocks.size();
+    return plan;
 }
 
 Bytes LosslessCodec::encode(std::span<const PlaneView> planes, Dtype dtype) const {
-    using T = LosslessTables;
     const FloatBits format = float_bits(dtype);
-    const std::size_t tokens = planes.front().tokens, bytes = element_bytes(dtype);
-    const u32 mantissa_mask = (1u << format.mantissa_bits) - 1, exponent_mask = (1u << format.exponent_bits) - 1;
-    Bytes plain;
-    std::vector<u8> exponents;
-    for (const PlaneView& plane : planes) {
-        const std::size_t first = exponents.size(), channels = plane.channels();
-        exponents.resize(first + channels * tokens);
-        BitWriter writer(plain, format.plain_bits());
-        for (std::size_t token = 0; token < tokens; ++token) {
-            const u8* row = plane.row(token);
-            for (std::size_t c = 0; c < channels; ++c) {
-                const u32 bits = load_element(row, c, bytes);
-                exponents[first + c * tokens + token] = static_cast<u8>(bits >> format.mantissa_bits & exponent_mask);
-                const u32 sign = bits >> (format.mantissa_bits + format.exponent_bits);
-                writer.put(sign << format.mantissa_bits | (bits & mantissa_mask));
-            }
-        }
-        writer.finish();
+    const std::size_t tokens = planes.front().tokens;
+    const std::size_t components = components_of(planes);
+    WindowBuffers buffers(components);
+    std::vector<u32> histograms(components * kExponents);
+    Bytes out(2 * components);
+    std::vector<RowSplitter> splitters;
+    for (const PlaneView& plane : planes) splitters.emplace_back(kernels_, plane, format, dtype);
+    for (std::size_t first = 0; first < tokens; first += kWindow) {
+        const std::size_t steps = std::min(kWindow, tokens - first);
+        read_window(splitters, first, steps, buffers);
+        for (std::size_t t = 0; t < steps; ++t)
+            for (std::size_t c = 0; c < components; ++c) ++histograms[c * kExponents + static_cast<u8>(buffers.row(t)[c])];
     }
-    const std::size_t components = exponents.size() / tokens;
-    std::vector<u8> tables(components), bases(components);
     for (std::size_t c = 0; c < components; ++c) {
-        const Choice choice = choose(exponents.data() + c * tokens, tokens);
-        tables[c] = choice.table;
-        bases[c] = choice.base;
+        const Choice choice = choose(histograms.data() + c * kExponents);
+        out[c] = choice.table;
+        out[components + c] = choice.base;
     }
-    Bytes out(tables.begin(), tables.end());
-    out.insert(out.end(), bases.begin(), bases.end());
-    out.insert(out.end(), plain.begin(), plain.end());
-    const std::vector<Block> coded = blocks(tables);
-    const auto encode_blocks = [&](std::size_t first, std::size_t last, StreamEncoder& encoder) {
-        for (std::size_t index = last; index-- > first;) {
-            const Block& block = coded[index];
-            for (std::size_t token = tokens; token-- > 0;) {
-                encoder.reserve_step();
-                std::array<std::size_t, kLanes> at;
-                for (int lane = block.lanes; lane-- > 0;) {
-                    const u32 c = block.components[static_cast<std::size_t>(lane)];
-                    const u8 exponent = exponents[c * tokens + token];
-                    const int distance = bases[c] - exponent;
-                    std::size_t symbol = distance >= 0 && distance < T::kEscape ? static_cast<std::size_t>(distance)
-                                                                               : std::size_t{T::kEscape};
-                    const std::size_t row = std::size_t{tables[c]} * T::kSymbols;
-                    if (tables_.exponents.freq[row + symbol] == 0) symbol = T::kEscape;
-                    if (symbol == T::kEscape) encoder.put_raw(exponent);
-                    at[static_cast<std::size_t>(lane)] = row + symbol;
-                }
-                for (int lane = block.lanes; lane-- > 0;) {
-                    const std::size_t entry = at[static_cast<std::size_t>(lane)];
-                    encoder.put(lane, tables_.exponents.freq[entry], tables_.exponents.start[entry]);
-                }
-            }
-        }
-    };
-    join_streams(out, coded.size(), static_cast<i64>(exponents.size()), encode_blocks);
+    for (RowSplitter& splitter : splitters) splitter.append_plain(out);
+    const ClassPlan coded = plan({out.data(), components}, {out.data() + components, components});
+    WindowEncoder encoder(kernels_, alphabet(), {&coded, nullptr}, {tokens, 0}, 1);
+    for (std::size_t first = (tokens - 1) / kWindow * kWindow;; first -= kWindow) {
+        const std::size_t steps = std::min(kWindow, tokens - first);
+        read_window(splitters, first, steps, buffers);
+        encoder.previous(0, static_cast<int>(steps), buffers);
+        if (first == 0) break;
+    }
+    encoder.finish(0, out);
     return out;
-}
-
-Status LosslessCodec::decode_block(StreamDecoder& stream, const Block& block, std::span<const u8> tables,
-                                   std::span<const u8> bases, std::size_t tokens, int exponent_limit,
-                                   std::vector<u8>& exponents) const {
-    std::array<const u32*, kLanes> slots;
-    std::array<u8, kLanes> symbols;
-    for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l)
-        slots[l] = tables_.exponents.slots.data() + std::size_t{tables[block.components[l]]} * kSlots;
-    for (std::size_t token = 0; token < tokens; ++token) {
-        if (!stream.step(block.lanes, slots.data(), symbols.data())) return Status::stream_ends_early;
-        for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l) {
-            const u32 c = block.components[l];
-            int exponent = bases[c] - symbols[l];
-            if (symbols[l] == LosslessTables::kEscape) {
-                u16 word = 0;
-                if (!stream.raw(word)) return Status::stream_ends_early;
-                exponent = word;
-            }
-            if (exponent < 0 || exponent >= exponent_limit) return Status::impossible_exponent;
-            exponents[c * tokens + token] = static_cast<u8>(exponent);
-        }
-    }
-    return Status::ok;
 }
 
 Status LosslessCodec::decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype) const {
     const FloatBits format = float_bits(dtype);
-    const std::size_t tokens = planes.front().tokens, bytes = element_bytes(dtype);
-    std::size_t components = 0, plain_size = 0;
-    for (const PlaneView& plane : planes) {
-        components += plane.channels();
-        plain_size += packed_bytes(tokens * plane.channels(), format.plain_bits());
-    }
+    const std::size_t tokens = planes.front().tokens;
+    const std::size_t components = components_of(planes);
+    std::size_t plain_size = 0;
+    for (const PlaneView& plane : planes) plain_size += packed_bytes(tokens * plane.channels(), format.plain_bits());
     if (payload.size() < 2 * components + plain_size) return Status::too_short;
     const ByteView tables = payload.first(components), bases = payload.subspan(components, components);
-    const int exponent_limit = 1 << format.exponent_bits;
+    const int limit = 1 << format.exponent_bits;
     for (std::size_t c = 0; c < components; ++c)
-        if (tables[c] >= LosslessTables::kTables || bases[c] >= exponent_limit) return Status::unknown_table;
-    std::vector<u8> exponents(components * tokens);
-    const std::vector<Block> coded = blocks(tables);
-    const auto decode_stream = [&](ByteView stream, std::size_t first, std::size_t last) {
-        StreamDecoder decoder;
-        Status status = decoder.begin(stream);
-        for (std::size_t index = first; index < last && status == Status::ok; ++index)
-            status = decode_block(decoder, coded[index], tables, bases, tokens, exponent_limit, exponents);
-        return status == Status::ok ? decoder.finish() : status;
-    };
-    if (const Status status = split_streams(payload.subspan(2 * components + plain_size), coded.size(), decode_stream);
-        status != Status::ok)
-        return status;
+        if (tables[c] >= LosslessTables::kTables || bases[c] >= limit) return Status::unknown_table;
+    const ClassPlan coded = plan(tables, bases);
+    WindowDecoder decoder(kernels_, alphabet(), {&coded, nullptr}, components);
+    const ByteView section = payload.subspan(2 * components + plain_size);
+    if (const Status status = decoder.open({&section, 1}); status != Status::ok) return status;
+    std::vector<RowJoiner> joiners;
     const u8* plain = payload.data() + 2 * components;
-    const u8* next = exponents.data();
-    const u32 mantissa_mask = (1u << format.mantissa_bits) - 1;
     for (const PlaneView& plane : planes) {
-        const std::size_t channels = plane.channels();
-        BitReader reader(plain, format.plain_bits());
-        for (std::size_t token = 0; token < tokens; ++token) {
-            u8* row = plane.row(token);
-            for (std::size_t c = 0; c < channels; ++c) {
-                const u32 value = reader.get();
-                const u32 sign = value >> format.mantissa_bits;
-                const u32 bits = sign << (format.mantissa_bits + format.exponent_bits) |
-                                 static_cast<u32>(next[c * tokens + token]) << format.mantissa_bits |
-                                 (value & mantissa_mask);
-                std::memcpy(row + c * bytes, &bits, bytes);
-            }
-        }
-        plain += packed_bytes(tokens * channels, format.plain_bits());
-        next += channels * tokens;
+        joiners.emplace_back(kernels_, plane, format, dtype, plain);
+        plain += packed_bytes(tokens * plane.channels(), format.plain_bits());
     }
-    return Status::ok;
+    WindowBuffers buffers(components);
+    for (std::size_t first = 0; first < tokens; first += kWindow) {
+        const std::size_t steps = std::min(kWindow, tokens - first);
+        if (const Status status = decoder.next(0, static_cast<int>(steps), buffers); status != Status::ok) return status;
+        u16 seen = 0;
+        std::size_t at = 0;
+        for (RowJoiner& joiner : joiners) {
+            for (std::size_t t = 0; t < steps; ++t) seen |= joiner.write(first + t, buffers.row(t) + at);
+            at += joiner.channels();
+        }
+        if (seen >= limit) return Status::impossible_exponent;
+    }
+    return decoder.finish();
 }
 
 }  // namespace kvstore

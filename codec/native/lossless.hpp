@@ -2,10 +2,11 @@
 //
 // READ ME FIRST
 //  * Works on bits only; no float is ever formed, so NaN payloads and signed zeros survive.
-//  * Exponents are component-major while coding, like the lossy codec's values.
+//  * Exponents pass through the same windows and streams as the lossy codec's values; an escape's word is checked
+//    against the dtype's range after the fact, by the OR of all of them.
 #pragma once
 
-#include "rans.hpp"
+#include "window_streams.hpp"
 
 namespace kvstore {
 
@@ -19,7 +20,7 @@ struct LosslessTables {
 
 class LosslessCodec {
   public:
-    explicit LosslessCodec(LosslessTables tables);
+    LosslessCodec(LosslessTables tables, const Kernels& kernels);
 
     Bytes encode(std::span<const PlaneView> planes, Dtype dtype) const;
     Status decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype) const;
@@ -28,17 +29,13 @@ class LosslessCodec {
     struct Choice {
         u8 table = 0, base = 0;
     };
-    struct Block {
-        std::array<u32, kLanes> components;
-        int lanes;
-    };
 
-    Choice choose(const u8* exponents, std::size_t tokens) const;
-    static std::vector<Block> blocks(std::span<const u8> tables);
-    Status decode_block(StreamDecoder& stream, const Block& block, std::span<const u8> tables, std::span<const u8> bases,
-                        std::size_t tokens, int exponent_limit, std::vector<u8>& exponents) const;
+    Choice choose(const u32* histogram) const;
+    ClassPlan plan(std::span<const u8> tables, std::span<const u8> bases) const;
+    Alphabet alphabet() const { return {&tables_.exponents, LosslessTables::kEscape, true}; }
 
     LosslessTables tables_;
+    const Kernels& kernels_;
     std::vector<i64> cost_columns_;  // tables_.costs by symbol, then table
 };
 

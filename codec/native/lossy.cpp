@@ -1,513 +1,522 @@
 #include "lossy.hpp"
 
-#include <limits>
-
-#include "avx512.hpp"
+#include <memory>
+#include <numeric>
 
 namespace kvstore {
 namespace {
 
+using T = LossyTables;
+
 constexpr double kDrainKNorm = 0.6, kDrainVNorm = 0.5;
-constexpr float kDrainScale = 0.125f;
-constexpr int kMeanMax = 2047, kMeanShiftMax = 31, kRawMax = 32767;
-constexpr double kRmsMin = 0x1p-100, kRmsToPeakMin = 0x1p-20, kRmsToPeakMinDrains = 0x1p-9, kMagnitudeMax = 0x1p100;
-constexpr float kStepMax = 0x1p100f;  // also of a mean's unit: nothing decoded can overflow a float
-constexpr float kRound = 0x1.8p23f;  // added and taken off, it leaves the nearest integer (ties to even) below 2^22
-constexpr std::size_t kStatisticsBits = 18;
+constexpr std::size_t kDrainTokensDivisor = 2;  // more drain tokens than one in so many are none
+constexpr float kDrainScale = 0.125f, kMagnitudeMax = 0x1p100f, kMagnitudeMaxProfile = 0x1p60f;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
+constexpr std::array<float, 4> kQuarterOctaves{0x1p0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
+constexpr std::size_t kTransformTokens = 64;  // decoded together, so that converting the basis pays
 
-// Distance between components in Values. The odd cache line keeps 32 lanes out of each other's cache sets.
-std::size_t values_stride(std::size_t tokens) { return (tokens + 15) / 16 * 16 + 16; }
-
-
-float level_step(float step, int level) { return step / kLevelDivisor[static_cast<std::size_t>(level)]; }
-
-// value / 3 to the nearest integer; never a tie.
-i32 third(i32 value) { return value < 0 ? -((1 - value) / 3) : (value + 1) / 3; }
-
-std::size_t statistics_bytes(std::size_t channels) { return 5 + (channels * kStatisticsBits + 7) / 8; }
-
-void append_bytes(Bytes& out, const u8* from, std::size_t count) { out.insert(out.end(), from, from + count); }
-
-void write_statistics(Bytes& out, const Statistics& statistics) {
-    append(out, statistics.step);
-    append(out, statistics.mean_shift);
-    const std::size_t channels = statistics.scale_ids.size(), at = out.size();
-    out.resize(at + (channels * kStatisticsBits + 7) / 8);
-    for (std::size_t channel = 0; channel < channels; ++channel) {
-        const u32 packed = statistics.scale_ids[channel] | (static_cast<u32>(statistics.mean_steps[channel]) & 0xFFFu) << 6;
-        const std::size_t bit = channel * kStatisticsBits;
-        const u32 shifted = packed << bit % 8;  // at most 7 + 18 bits
-        for (std::size_t i = 0; i * 8 < bit % 8 + kStatisticsBits; ++i)
-            out[at + bit / 8 + i] |= static_cast<u8>(shifted >> 8 * i);
-    }
-}
-
-void read_statistics(const u8* from, std::size_t channels, Statistics& statistics) {
-    statistics.mean_steps.resize(channels);
-    statistics.scale_ids.resize(channels);
-    for (std::size_t channel = 0; channel < channels; ++channel) {
-        const std::size_t bit = channel * kStatisticsBits;
-        u32 window = 0;
-        for (std::size_t i = 0; i * 8 < bit % 8 + kStatisticsBits; ++i)
-            window |= static_cast<u32>(from[bit / 8 + i]) << 8 * i;
-        const u32 packed = window >> bit % 8 & 0x3FFFFu;
-        statistics.scale_ids[channel] = static_cast<u8>(packed & 63u);
-        statistics.mean_steps[channel] = static_cast<i32>((packed >> 6) ^ 0x800u) - 0x800;
-    }
-}
-
-}  // namespace
-
-float Statistics::quantum() const { return step * 0.25f * std::bit_cast<float>((127u + mean_shift) << 23); }
+// Tokens by class, in coding order: drain tokens, then plain ones. Sinks are in neither.
+using TokenClasses = std::array<std::vector<u32>, 2>;
+constexpr std::size_t kDrains = 0, kPlain = 1;
 
 TokenClasses classify(std::size_t tokens, std::size_t sinks, std::span<const u16> drains) {
     TokenClasses classes;
-    classes.drains.assign(drains.begin(), drains.end());
+    classes[kDrains].assign(drains.begin(), drains.end());
     auto next = drains.begin();
     for (std::size_t token = sinks; token < tokens; ++token) {
         if (next != drains.end() && *next == token) ++next;
-        else classes.plain.push_back(static_cast<u32>(token));
+        else classes[kPlain].push_back(static_cast<u32>(token));
     }
     return classes;
 }
 
-std::vector<u16> drain_tokens(const PlaneView& k, const PlaneView& v, std::size_t sinks, Dtype dtype) {
-    const std::size_t tokens = k.tokens;
-    std::vector<bool> drain(tokens, false);
-    for (const auto& [plane, limit] : {std::pair{&k, kDrainKNorm}, std::pair{&v, kDrainVNorm}}) {
-        std::vector<float> row(plane->channels());
-        std::vector<double> energy;
-        for (std::size_t token = sinks; token < tokens; ++token) {
-            row_to_float(plane->row(token), row.size(), dtype, row.data());
-            LaneSum sum;
-            for (std::size_t i = 0; i < row.size(); ++i) sum.add(i, static_cast<double>(row[i]) * row[i]);
-            energy.push_back(sum.total());
-        }
-        if (energy.empty()) continue;
-        std::vector<double> sorted = energy;
-        std::sort(sorted.begin(), sorted.end());
-        const double threshold = sorted[(sorted.size() - 1) / 2] * (limit * limit);
-        for (std::size_t i = 0; i < energy.size(); ++i)
-            if (energy[i] < threshold) drain[sinks + i] = true;
+void to_float(const Kernels& kernels, const PlaneView& plane, std::size_t token, Dtype dtype, Bytes& spare, float* out) {
+    const std::size_t bytes = element_bytes(dtype), channels = plane.channels();
+    const u8* row = plane.at(token);
+    if (!plane.whole_rows(bytes)) {
+        spare.resize(channels * bytes);
+        read_row(plane, token, bytes, spare.data());
+        row = spare.data();
     }
-    std::vector<u16> found;
-    for (std::size_t token = 0; token < tokens; ++token)
-        if (drain[token]) found.push_back(static_cast<u16>(token));
-    if (found.size() == tokens - sinks) found.clear();
-    return found;
+    if (dtype == Dtype::bfloat16) kernels.bfloat16_to_float(row, channels, out);
+    else row_to_float(row, channels, dtype, out);
 }
 
-// Up to 32 components in lockstep over the tokens of one class. `rows` are table rows: of `values` on entry, else of
-// `digits`, to which min(|coarse value|, 2) is added.
-struct LossyCodec::Block {
-    std::array<u32, kLanes> components;
-    std::array<u16, kLanes> rows;
-    int lanes;
-    bool entry, drain;
-
-    // Of a whole block: where each lane's component begins in Values, and its table among tables of `entries`.
-    std::array<i32, kLanes> starts(std::size_t stride) const {
-        std::array<i32, kLanes> at;
-        for (std::size_t l = 0; l < kLanes; ++l) at[l] = static_cast<i32>(components[l] * stride);
-        return at;
+// Rotates one token's keys in place by its angles, or back (`direction` −1).
+void rotate_row(const Kernels& kernels, float* row, const PlaneView& plane, const RotationView& rotation, std::size_t token,
+                float direction) {
+    const float* cos = rotation.cos + token * rotation.pairs;
+    const float* sin = rotation.sin + token * rotation.pairs;
+    for (std::size_t head = 0; head < plane.heads; ++head, row += plane.dim) {
+        if (!rotation.interleaved) {
+            kernels.rotate(row, row + rotation.pairs, cos, sin, rotation.pairs, direction);
+            continue;
+        }
+        for (std::size_t pair = 0; pair < rotation.pairs; ++pair)
+            kernels.rotate(row + 2 * pair, row + 2 * pair + 1, cos + pair, sin + pair, 1, direction);
     }
-    std::array<i32, kLanes> tables(std::size_t entries) const {
-        std::array<i32, kLanes> at;
-        for (std::size_t l = 0; l < kLanes; ++l) at[l] = static_cast<i32>(rows[l] * entries);
-        return at;
+}
+
+void append_bytes(Bytes& out, const u8* from, std::size_t count) { out.insert(out.end(), from, from + count); }
+
+void append_sinks(Bytes& out, const LossySegment& segment, std::size_t sinks, Dtype dtype) {
+    Bytes row;
+    for (const CodedPlane& coded : segment.planes)
+        for (std::size_t token = 0; token < sinks; ++token) {
+            row.resize(coded.plane.channels() * element_bytes(dtype));
+            read_row(coded.plane, token, element_bytes(dtype), row.data());
+            append_bytes(out, row.data(), row.size());
+        }
+}
+
+std::size_t sink_bytes(const LossySegment& segment, std::size_t sinks, Dtype dtype) {
+    return sinks * segment.channels() * element_bytes(dtype);
+}
+
+// Finished rows of floats into the caller's planes.
+class PlaneWriter {
+  public:
+    PlaneWriter(const Kernels& kernels, Dtype dtype) : kernels_(kernels), dtype_(dtype) {}
+    // The common case in one pass over a window's rows; false for any other.
+    bool restore(const CodedPlane& coded, std::span<const u32> tokens, const i16* values, std::size_t stride,
+                 const GridView& grid) {
+        const PlaneView& plane = coded.plane;
+        const RotationView& rotation = coded.rotation;
+        const bool rotated = rotation.pairs > 0;
+        if (dtype_ != Dtype::bfloat16 || plane.channels() == 0 || !plane.whole_rows(2) ||
+            (rotated && (rotation.interleaved || 2 * rotation.pairs != plane.dim)))
+            return false;
+        RowWindow window{values, stride, static_cast<int>(tokens.size()), {}, {}, {}};
+        for (std::size_t t = 0; t < tokens.size(); ++t) {
+            window.rows[t] = plane.at(tokens[t]);
+            window.cos[t] = rotation.cos + tokens[t] * rotation.pairs;
+            window.sin[t] = rotation.sin + tokens[t] * rotation.pairs;
+        }
+        if (rotated) kernels_.restore_rotated_bfloat16(window, plane.heads, rotation.pairs, grid);
+        else kernels_.restore_bfloat16(window, plane.channels(), grid);
+        return true;
+    }
+    void write(const CodedPlane& coded, std::size_t token, float* row) {
+        const PlaneView& plane = coded.plane;
+        const std::size_t channels = plane.channels(), bytes = element_bytes(dtype_);
+        if (channels == 0) return;
+        if (coded.rotation.pairs > 0) rotate_row(kernels_, row, plane, coded.rotation, token, 1.0f);
+        const bool in_place = plane.whole_rows(bytes);
+        if (!in_place) spare_.resize(channels * bytes);
+        u8* const to = in_place ? plane.at(token) : spare_.data();
+        if (dtype_ == Dtype::bfloat16) kernels_.float_to_bfloat16(row, channels, to);
+        else row_from_float(row, channels, dtype_, to);
+        if (!in_place) write_row(plane, token, bytes, to);
+    }
+
+  private:
+    const Kernels& kernels_;
+    Dtype dtype_;
+    Bytes spare_;
+};
+
+}  // namespace
+
+std::size_t LossySegment::channels() const {
+    return std::accumulate(planes.begin(), planes.end(), std::size_t{0},
+                           [](std::size_t sum, const CodedPlane& coded) { return sum + coded.plane.channels(); });
+}
+
+namespace {
+
+// `energies`: squared norms of the tokens from `sinks` on, of K and V in turn, layer by layer.
+std::vector<u16> quiet_tokens(std::span<const std::vector<double>> energies, std::size_t tokens, std::size_t sinks) {
+    std::vector<char> drain(tokens, 0), found(tokens, 0);
+    std::vector<double> sorted;
+    for (std::size_t plane = 0; plane < energies.size(); ++plane) {
+        const std::vector<double>& energy = energies[plane];
+        const double limit = plane % 2 ? kDrainVNorm : kDrainKNorm;
+        if (plane % 2 == 0) std::fill(found.begin(), found.end(), 0);
+        if (!energy.empty()) {
+            sorted = energy;
+            const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>((sorted.size() - 1) / 2);
+            std::nth_element(sorted.begin(), middle, sorted.end());
+            const double threshold = *middle * (limit * limit);
+            for (std::size_t i = 0; i < energy.size(); ++i) found[sinks + i] |= energy[i] < threshold;
+        }
+        if (plane % 2 == 0 || std::find(found.begin() + static_cast<std::ptrdiff_t>(sinks), found.end(), 0) == found.end())
+            continue;  // a layer all of whose tokens are quiet has none
+        for (std::size_t token = 0; token < tokens; ++token) drain[token] |= found[token];
+    }
+    std::vector<u16> quiet;
+    for (std::size_t token = 0; token < tokens; ++token)
+        if (drain[token]) quiet.push_back(static_cast<u16>(token));
+    if (quiet.size() * kDrainTokensDivisor > tokens - sinks) quiet.clear();
+    return quiet;
+}
+
+}  // namespace
+
+// What turns a component into integers and back.
+struct LossyCodec::Grid {
+    std::vector<float> mean, unit;  // `unit`: the base step
+    std::array<std::vector<i32>, 2> scales;  // at the base step, by class
+
+    std::size_t components() const { return unit.size(); }
+    std::vector<float> steps(int level, std::size_t token_class) const {
+        std::vector<float> out(unit);
+        for (float& step : out) {
+            step /= kLevelDivisor[static_cast<std::size_t>(level)];
+            if (token_class == kDrains) step *= kDrainScale;
+        }
+        return out;
     }
 };
 
-Statistics LossyCodec::measure(const std::vector<float>& flat, std::size_t channels, const TokenClasses& classes,
-                               double step_factor) const {
-    const Tokens& plain = classes.plain;
-    Statistics result;
-    result.mean_steps.assign(channels, 0);
-    result.scale_ids.assign(channels, 0);
-    if (plain.empty() || channels == 0) {
-        derive_scales(result);
-        return result;
+// A segment's channels as floats, keys un-rotated: [tokens, channels]; sinks are zero.
+struct LossyCodec::Flat {
+    std::unique_ptr<float[]> values;  // not set to zero first
+    std::size_t tokens = 0, channels = 0;
+    void reset(std::size_t rows, std::size_t columns) {
+        tokens = rows;
+        channels = columns;
+        values = std::make_unique_for_overwrite<float[]>(rows * columns);
     }
-    std::vector<double> mean(channels, 0.0), square(channels, 0.0);
-    float peak = 0;
-    for (const u32 token : plain) {
-        const float* row = flat.data() + token * channels;
-        for (std::size_t c = 0; c < channels; ++c) {
-            const double x = row[c];
-            mean[c] += x;
-            square[c] += x * x;
-            peak = std::max(peak, std::fabs(row[c]));
-        }
-    }
-    const double count = static_cast<double>(plain.size());
-    LaneSum variance_sum;
-    double mean_peak = 0;
-    for (std::size_t c = 0; c < channels; ++c) {
-        mean[c] /= count;
-        square[c] /= count;
-        variance_sum.add(c, std::max(square[c] - mean[c] * mean[c], 0.0));
-        mean_peak = std::max(mean_peak, std::fabs(mean[c]));
-    }
-    // Of the drain tokens only the peak counts: they are few, but one may be far out in another layer of its group.
-    for (const u32 token : classes.drains)
-        for (std::size_t c = 0; c < channels; ++c) peak = std::max(peak, std::fabs(flat[token * channels + c]));
-    const double rms = std::sqrt(variance_sum.total() / static_cast<double>(channels));
-    const double floor = peak * (classes.drains.empty() ? kRmsToPeakMin : kRmsToPeakMinDrains);
-    result.step = static_cast<float>(step_factor * std::max({rms, floor, kRmsMin}));
-    double quantum = static_cast<double>(result.step) * 0.25;
-    while (mean_peak > quantum * kMeanMax) {
-        ++result.mean_shift;
-        quantum *= 2;
-    }
-    const double step_squared = static_cast<double>(result.step) * result.step;
-    std::vector<double> thresholds(tables_.thresholds);
-    for (double& threshold : thresholds) threshold *= step_squared;
-    for (std::size_t c = 0; c < channels; ++c) {
-        const double steps = std::nearbyint(mean[c] / quantum);
-        result.mean_steps[c] = static_cast<i32>(std::clamp(steps, -double{kMeanMax}, double{kMeanMax}));
-        const double coded = result.mean(c);
-        const double variance = std::max(square[c] - coded * (2.0 * mean[c] - coded), 0.0);
-        const auto above = std::upper_bound(thresholds.begin(), thresholds.end(), variance);
-        result.scale_ids[c] = static_cast<u8>(above - thresholds.begin());
-    }
-    derive_scales(result);
-    return result;
-}
+    const float* row(std::size_t token) const { return values.get() + token * channels; }
+    float* row(std::size_t token) { return values.get() + token * channels; }
+    std::span<float> all() const { return {values.get(), tokens * channels}; }
+};
 
-// A drain token lies near zero, so it is the mean away from the mean, whatever the channel's σ. All its components
-// are coded, quiet channels too: an outlier there may be all that such a token holds.
-void LossyCodec::derive_scales(Statistics& statistics) const {
-    using T = LossyTables;
-    const double unit = 0.25 * static_cast<double>(u32{1} << statistics.mean_shift);
-    statistics.plain_scales.clear();
-    statistics.drain_scales.clear();
-    for (std::size_t c = 0; c < statistics.scale_ids.size(); ++c) {
-        const int id = statistics.scale_ids[c];
-        const double mean = statistics.mean_steps[c] * unit;
-        const double energy = tables_.variances[static_cast<std::size_t>(id)] + mean * mean;
-        const auto above = std::upper_bound(tables_.thresholds.begin(), tables_.thresholds.end(), energy);
-        const int drain = static_cast<int>(above - tables_.thresholds.begin()) - T::kScaleIdOffset + T::kDrainShift;
-        statistics.plain_scales.push_back(id - T::kScaleIdOffset);
-        statistics.drain_scales.push_back(std::max(drain, T::kScaleCodedMin));
-    }
-}
-
-std::vector<LossyCodec::Block> LossyCodec::blocks(std::span<const Statistics> statistics, int level, bool drains) {
-    using T = LossyTables;
-    std::vector<Block> out;
-    std::array<std::vector<u32>, T::kScales> by_scale;
-    for (int drain = 0; drain <= (drains ? 1 : 0); ++drain) {
-        const int now_shift = T::kLevelShift[static_cast<std::size_t>(level)];
-        const int before_shift = level > 0 ? T::kLevelShift[static_cast<std::size_t>(level - 1)] : 0;
-        for (const bool entry : {true, false}) {
-            if (!entry && level == 0) continue;
-            for (auto& list : by_scale) list.clear();
-            u32 component = 0;
-            for (const Statistics& plane : statistics) {
-                for (const int base : drain ? plane.drain_scales : plane.plain_scales) {
-                    const u32 c = component++;
-                    const bool before = level > 0 && base + before_shift >= T::kScaleCodedMin;
-                    const int scale = base + (entry ? now_shift : before_shift);
-                    if (entry ? before || scale < T::kScaleCodedMin : !before) continue;
-                    by_scale[static_cast<std::size_t>(std::min(scale, T::kScales - 1))].push_back(c);
-                }
-            }
-            Block block{{}, {}, 0, entry, drain != 0};
-            for (std::size_t scale = 0; scale < by_scale.size(); ++scale) {
-                for (const u32 component : by_scale[scale]) {
-                    block.components[static_cast<std::size_t>(block.lanes)] = component;
-                    block.rows[static_cast<std::size_t>(block.lanes)] = static_cast<u16>(entry ? scale : 3 * scale);
-                    if (++block.lanes == kLanes) {
-                        out.push_back(block);
-                        block.lanes = 0;
-                    }
-                }
-            }
-            if (block.lanes > 0) out.push_back(block);
-        }
-    }
-    return out;
-}
-
-// Backwards, as the encoder goes: the last token first.
-void LossyCodec::encode_block(StreamEncoder& encoder, const Block& block, const Tokens& tokens, const Values& values,
-                              std::size_t stride) const {
-    using T = LossyTables;
-    if (encode_by_vector(encoder, block, tokens, values, stride)) return;
-    for (auto token = tokens.rbegin(); token != tokens.rend(); ++token) {
-        encoder.reserve_step();
-        std::array<u8, kLanes> symbol;
-        std::array<u16, kLanes> row;
-        for (int lane = block.lanes; lane-- > 0;) {
-            const auto l = static_cast<std::size_t>(lane);
-            const i32 value = values[block.components[l] * stride + *token];
-            if (block.entry) {
-                const i32 kept = std::clamp(value, -kRawMax, kRawMax);
-                row[l] = block.rows[l];
-                int s = std::abs(kept) <= T::kValueMax ? kept + T::kValueMax : T::kEscape;
-                if (tables_.values.freq[row[l] * tables_.values.symbols + static_cast<std::size_t>(s)] == 0)
-                    s = T::kEscape;
-                symbol[l] = static_cast<u8>(s);
-                if (s == T::kEscape) encoder.put_raw(static_cast<u16>(kept));
-            } else {
-                const i32 coarse = third(value);
-                const i32 digit = value - 3 * coarse;
-                row[l] = static_cast<u16>(block.rows[l] + std::min(std::abs(coarse), 2));
-                symbol[l] = static_cast<u8>((coarse < 0 ? -digit : digit) + 1);
+std::vector<u16> LossyCodec::drain_tokens(std::span<const DrainLayer> layers, std::size_t sinks, Dtype dtype) const {
+    const std::size_t tokens = layers.front().k.tokens;
+    std::vector<std::vector<double>> energies;
+    std::vector<float> row;
+    Bytes spare;
+    for (const DrainLayer& layer : layers)
+        for (const PlaneView* plane : {&layer.k, &layer.v}) {
+            std::vector<double>& energy = energies.emplace_back();
+            row.resize(plane->channels());
+            for (std::size_t token = sinks; token < tokens; ++token) {
+                to_float(kernels_, *plane, token, dtype, spare, row.data());
+                energy.push_back(kernels_.energy(row.data(), row.size()));
             }
         }
-        const SlotTable& table = block.entry ? tables_.values : tables_.digits;
-        for (int lane = block.lanes; lane-- > 0;) {
-            const auto l = static_cast<std::size_t>(lane);
-            const std::size_t at = row[l] * table.symbols + symbol[l];
-            encoder.put(lane, table.freq[at], table.start[at]);
-        }
-    }
+    return quiet_tokens(energies, tokens, sinks);
 }
 
-void LossyCodec::encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,
-                                int level, const TokenClasses& classes) const {
-    const std::vector<Block> coded = blocks(statistics, level, !classes.drains.empty());
-    i64 symbols = 0;
-    for (const Block& block : coded) symbols += block.lanes * static_cast<i64>(classes.of(block.drain).size());
-    const auto encode = [&](std::size_t first, std::size_t last, StreamEncoder& encoder) {
-        for (std::size_t index = last; index-- > first;)
-            encode_block(encoder, coded[index], classes.of(coded[index].drain), values, stride);
-    };
-    join_streams(out, coded.size(), symbols, encode);
-}
-
-Status LossyCodec::encode(std::span<const CodedPlane> planes, std::span<const u16> drains, std::size_t sinks,
-                          Dtype dtype, int levels, std::vector<Bytes>& payloads) const {
-    const std::size_t tokens = planes.front().plane.tokens;
-    const TokenClasses classes = classify(tokens, sinks, drains);
-    const std::size_t stride = values_stride(tokens);
-    const float limit = kRawMax * kLevelDivisor[static_cast<std::size_t>(levels - 1)];
-    payloads.assign(static_cast<std::size_t>(levels), {});
-    Bytes& side = payloads.front();
-    append(side, u8{0});
-    append(side, u8{0});
-    append(side, static_cast<u16>(drains.size()));
-    append_bytes(side, reinterpret_cast<const u8*>(drains.data()), drains.size_bytes());
-    Values values;
-    std::vector<Statistics> statistics;
+Status LossyCodec::read_planes(const LossySegment& segment, std::size_t sinks, Dtype dtype, Flat& flat,
+                               std::vector<std::vector<double>>* energies) const {
+    const std::size_t tokens = segment.tokens();
+    flat.reset(tokens, segment.channels());
+    std::fill_n(flat.row(0), sinks * flat.channels, 0.0f);
+    Bytes spare;
     std::size_t first = 0;
-    std::vector<float> flat;
-    for (const CodedPlane& coded : planes) {
-        const PlaneView& plane = coded.plane;
-        const std::size_t channels = plane.channels();
-        flat.assign(tokens * channels, 0.0f);
+    for (const CodedPlane& coded : segment.planes) {
+        const std::size_t channels = coded.plane.channels();
+        if (energies) energies->emplace_back().reserve(tokens);
         for (std::size_t token = sinks; token < tokens; ++token) {
-            float* row = flat.data() + token * channels;
-            row_to_float(plane.row(token), channels, dtype, row);
-            bool sane = true;
-            for (std::size_t c = 0; c < channels; ++c) sane &= std::fabs(row[c]) < static_cast<float>(kMagnitudeMax);
-            if (!sane) return Status::not_finite;
-            if (coded.rotation.pairs > 0) rotate_row(row, plane.heads, plane.dim, coded.rotation, token, -1.0f);
-        }
-        const Statistics& measured =
-            statistics.emplace_back(measure(flat, channels, classes, coded.step_factor));
-        write_statistics(side, measured);
-        values.resize((first + channels) * stride, 0);
-        const float step = level_step(measured.step, levels - 1);
-        std::vector<float> means(channels);
-        for (std::size_t c = 0; c < channels; ++c) means[c] = measured.mean(c);
-        for (const bool drain : {false, true}) {
-            const float inverse = 1.0f / (drain ? step * kDrainScale : step);
-            for (const u32 token : classes.of(drain)) {
-                const float* row = flat.data() + token * channels;
-                for (std::size_t c = 0; c < channels; ++c) {
-                    const float scaled = std::clamp((row[c] - means[c]) * inverse, -limit, limit);
-                    values[(first + c) * stride + token] = static_cast<i32>((scaled + kRound) - kRound);
-                }
-            }
+            float* row = flat.row(token) + first;
+            to_float(kernels_, coded.plane, token, dtype, spare, row);
+            if (energies) energies->back().push_back(kernels_.energy(row, channels));
+            if (coded.rotation.pairs > 0) rotate_row(kernels_, row, coded.plane, coded.rotation, token, -1.0f);
         }
         first += channels;
-    }
-    for (const CodedPlane& coded : planes)
-        for (std::size_t token = 0; token < sinks; ++token)
-            append_bytes(side, coded.plane.row(token), coded.plane.channels() * element_bytes(dtype));
-    for (int level = levels; level-- > 0;) {
-        encode_streams(payloads[static_cast<std::size_t>(level)], values, stride, statistics, level, classes);
-        if (level > 0)
-            for (i32& value : values) value = third(value);
     }
     return Status::ok;
 }
 
-Status LossyCodec::read_side(ByteView payload, std::span<const CodedPlane> planes, std::size_t sinks, Dtype dtype,
-                             std::vector<u16>& drains, std::vector<Statistics>& statistics, std::size_t& at) const {
-    const std::size_t tokens = planes.front().plane.tokens;
+LossyCodec::Grid LossyCodec::measured_grid(const std::vector<Statistics>& statistics, bool drains) const {
+    Grid grid;
+    for (const Statistics& plane : statistics)
+        for (std::size_t c = 0; c < plane.scale_ids.size(); ++c) {
+            grid.mean.push_back(plane.mean(c));
+            grid.unit.push_back(plane.step);
+            grid.scales[kPlain].push_back(plane.scale_ids[c] - T::kScaleIdOffset);
+            if (drains)
+                grid.scales[kDrains].push_back(
+                    drain_scale(tables_, plane.scale_ids[c], plane.mean_steps[c], plane.mean_shift));
+        }
+    return grid;
+}
+
+LossyCodec::Grid LossyCodec::profile_grid(const GroupProfile& profile, int step_quarters) const {
+    const int octaves = (step_quarters - (step_quarters & 3)) / 4;
+    const float step = kQuarterOctaves[static_cast<std::size_t>(step_quarters & 3)] *
+                       std::bit_cast<float>(static_cast<u32>(127 + octaves) << 23);
+    Grid grid;
+    grid.mean.assign(profile.components, 0.0f);
+    grid.unit.assign(profile.components, step);
+    for (std::size_t j = 0; j < profile.components; ++j) {
+        grid.scales[kPlain].push_back(profile.scale_ids[j] - T::kScaleIdOffset - step_quarters);
+        grid.scales[kDrains].push_back(grid.scales[kPlain].back() + T::kDrainShift);
+        if (profile.basis) continue;
+        grid.mean[j] = profile.mean[j];
+        grid.unit[j] = step * (1.0f / profile.weight[j]);
+    }
+    return grid;
+}
+
+Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels,
+                          std::vector<Bytes>& payloads) const {
+    const std::size_t tokens = segment.tokens();
+    Flat flat;
+    std::vector<std::vector<double>> energies;
+    if (const Status status = read_planes(segment, sinks, dtype, flat, segment.find_drains ? &energies : nullptr);
+        status != Status::ok)
+        return status;
+    std::vector<u16> drains(segment.drains.begin(), segment.drains.end());
+    if (segment.find_drains) drains = quiet_tokens(energies, tokens, sinks);
+    const TokenClasses classes = classify(tokens, sinks, drains);
+    payloads.assign(static_cast<std::size_t>(levels), {});
+    Bytes& side = payloads.front();
+    append(side, static_cast<u8>(segment.profile != nullptr));
+    append(side, static_cast<u8>(segment.step_quarters));
+    append(side, static_cast<u16>(drains.size()));
+    append_bytes(side, reinterpret_cast<const u8*>(drains.data()), 2 * drains.size());
+
+    Grid grid;
+    const GroupProfile* const profile = segment.profile;
+    if (profile == nullptr) {
+        std::vector<double> sum(flat.channels), square(flat.channels);
+        std::vector<float> peak(flat.channels);
+        for (const u32 token : classes[kPlain])
+            kernels_.accumulate(flat.row(token), flat.channels, sum.data(), square.data(), peak.data());
+        std::vector<double> ignored(flat.channels);
+        for (const u32 token : classes[kDrains])  // of these only the peak counts
+            kernels_.accumulate(flat.row(token), flat.channels, ignored.data(), ignored.data(), peak.data());
+        // A NaN shows in the sums, an infinity in the peak as well.
+        for (std::size_t c = 0; c < flat.channels; ++c)
+            if (!(peak[c] < kMagnitudeMax) || !std::isfinite(square[c] + ignored[c])) return Status::not_finite;
+        std::vector<Statistics> statistics;
+        std::size_t first = 0;
+        for (const CodedPlane& coded : segment.planes) {
+            const std::size_t channels = coded.plane.channels();
+            const float top = std::accumulate(peak.begin() + static_cast<std::ptrdiff_t>(first),
+                                              peak.begin() + static_cast<std::ptrdiff_t>(first + channels), 0.0f,
+                                              [](float a, float b) { return std::max(a, b); });
+            const PlaneSums sums{{sum.data() + first, channels}, {square.data() + first, channels},
+                                 classes[kPlain].size(), top, !classes[kDrains].empty()};
+            write_statistics(side, statistics.emplace_back(measure(tables_, sums, coded.step_factor, levels)));
+            first += channels;
+        }
+        grid = measured_grid(statistics, !drains.empty());
+    } else {
+        for (std::size_t token = sinks; token < tokens; ++token)
+            if (!kernels_.below(flat.row(token), flat.channels, kMagnitudeMaxProfile)) return Status::not_finite;
+        grid = profile_grid(*profile, segment.step_quarters);
+        if (profile->basis) {
+            for (std::size_t token = sinks; token < tokens; ++token) {
+                float* row = flat.row(token);
+                for (std::size_t c = 0; c < flat.channels; ++c) row[c] = (row[c] - profile->mean[c]) * profile->weight[c];
+            }
+            Flat turned;
+            turned.reset(tokens, profile->components);
+            std::vector<float> scratch(gemm::scratch_floats(tokens));
+            const bool fits = gemm::forward(
+                gemm_, {flat.all(), tokens, flat.channels, flat.channels},
+                {{profile->basis, profile->components * profile->channels}, profile->components, profile->channels, profile->channels},
+                {turned.all(), tokens, turned.channels, turned.channels}, scratch);
+            if (!fits) return Status::side_information;
+            flat = std::move(turned);
+        }
+    }
+    append_sinks(side, segment, sinks, dtype);
+
+    std::array<ClassPlan, 2> plans;
+    std::array<const ClassPlan*, 2> coded{};
+    for (const std::size_t c : {kDrains, kPlain})
+        if (!classes[c].empty()) {
+            plans[c] = plan_class(tables_, grid.scales[c], levels);
+            coded[c] = &plans[c];
+        }
+    WindowEncoder encoder(kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
+    WindowBuffers buffers(grid.components());
+    for (const std::size_t c : {kPlain, kDrains}) {
+        if (classes[c].empty()) continue;
+        std::vector<float> inverse = grid.steps(levels - 1, c);
+        for (float& step : inverse) step = 1.0f / step;
+        const std::size_t count = classes[c].size();
+        for (std::size_t first = (count - 1) / kWindow * kWindow;; first -= kWindow) {
+            const std::size_t steps = std::min(kWindow, count - first);
+            for (std::size_t t = 0; t < steps; ++t)
+                kernels_.quantise(flat.row(classes[c][first + t]), grid.components(), grid.mean.data(), inverse.data(), kValueLimit,
+                                  buffers.row(t));
+            encoder.previous(c, static_cast<int>(steps), buffers);
+            if (first == 0) break;
+        }
+    }
+    for (std::size_t level = 0; level < payloads.size(); ++level) encoder.finish(level, payloads[level]);
+    return Status::ok;
+}
+
+Status LossyCodec::read_side(ByteView payload, const LossySegment& segment, std::size_t sinks, Dtype dtype,
+                             std::vector<u16>& drains, Grid& grid, std::size_t& at) const {
     if (payload.size() < 4) return Status::too_short;
-    const std::size_t count = load<u16>(payload.data() + 2);
-    if (payload[0] != 0 || payload[1] != 0 || count > (payload.size() - 4) / 2) return Status::side_information;
+    const int quarters = static_cast<std::int8_t>(payload[1]);
+    const std::size_t count = load<u16>(payload.data() + 2), tokens = segment.tokens();
+    if (payload[0] != static_cast<u8>(segment.profile != nullptr) || (quarters != 0 && payload[0] == 0) ||
+        count > (payload.size() - 4) / 2)
+        return Status::side_information;
     drains.resize(count);
     if (count > 0) std::memcpy(drains.data(), payload.data() + 4, 2 * count);
     if (std::adjacent_find(drains.begin(), drains.end(), std::greater_equal<u16>()) != drains.end())
         return Status::side_information;
     if (count > 0 && (drains.front() < sinks || drains.back() >= tokens)) return Status::token_classes;
     at = 4 + 2 * count;
-    for (const CodedPlane& coded : planes) {
-        const std::size_t channels = coded.plane.channels(), size = statistics_bytes(channels);
-        if (payload.size() - at < size) return Status::too_short;
-        Statistics& plane = statistics.emplace_back();
-        plane.step = load<float>(payload.data() + at);
-        plane.mean_shift = payload[at + 4];
-        if (!(plane.step >= 0x1p-126f && plane.step <= kStepMax) || plane.mean_shift > kMeanShiftMax ||
-            plane.quantum() > kStepMax)
-            return Status::step_range;
-        read_statistics(payload.data() + at + 5, channels, plane);
-        derive_scales(plane);
-        at += size;
+    if (segment.profile == nullptr) {
+        std::vector<Statistics> statistics;
+        for (const CodedPlane& coded : segment.planes) {
+            const Status status = read_statistics(payload, coded.plane.channels(), at, statistics.emplace_back());
+            if (status != Status::ok) return status;
+        }
+        grid = measured_grid(statistics, count > 0);
+    } else {
+        grid = profile_grid(*segment.profile, quarters);
     }
-    std::size_t sink_bytes = 0;
-    for (const CodedPlane& coded : planes) sink_bytes += sinks * coded.plane.channels() * element_bytes(dtype);
-    if (payload.size() - at < sink_bytes) return Status::too_short;
-    at += sink_bytes;
+    if (payload.size() - at < sink_bytes(segment, sinks, dtype)) return Status::too_short;
+    at += sink_bytes(segment, sinks, dtype);
     return Status::ok;
 }
 
-bool LossyCodec::for_vector(const Block& block, const Values& values) const {
-    return vector_ && block.lanes == kLanes && values.size() <= static_cast<std::size_t>(std::numeric_limits<i32>::max());
-}
+// Rows of integers to rows of floats, and on into the planes.
+class LossyCodec::RowWriter {
+  public:
+    RowWriter(const LossyCodec& codec, const LossySegment& segment, const Grid& grid, int level, Dtype dtype)
+        : codec_(codec), segment_(segment), grid_(grid), planes_(codec.kernels_, dtype), level_(level), row_(grid.components()) {}
 
-bool LossyCodec::encode_by_vector(StreamEncoder& stream, const Block& block, const Tokens& tokens, const Values& values,
-                                  std::size_t stride) const {
-    using T = LossyTables;
-    if (!for_vector(block, values)) return false;
-    const avx512::WholeBlock<const i32> whole{values.data(), block.starts(stride), tokens};
-    if (block.entry)
-        avx512::encode_values(stream, whole, tables_.values.codes.data(), block.tables(tables_.values.symbols), T::kValueMax,
-                              kRawMax, T::kEscape);
-    else
-        avx512::encode_digits(stream, whole, tables_.digits.codes.data(), block.rows);
-    return true;
-}
-
-std::size_t LossyCodec::decode_by_vector(StreamDecoder& stream, const Block& block, const Tokens& tokens,
-                                         Values& values, std::size_t stride) const {
-    using T = LossyTables;
-    if (!for_vector(block, values)) return 0;
-    const avx512::WholeBlock<i32> whole{values.data(), block.starts(stride), tokens};
-    if (!block.entry) return avx512::decode_digits(stream, whole, tables_.digits.freq.data(), block.rows);
-    return avx512::decode_values(stream, whole, tables_.values.slots.data(), block.tables(kSlots), T::kValueMax, T::kEscape);
-}
-
-Status LossyCodec::decode_block(StreamDecoder& stream, const Block& block, const Tokens& all, Values& values,
-                                std::size_t stride) const {
-    using T = LossyTables;
-    const std::span<const u32> tokens = std::span(all).subspan(decode_by_vector(stream, block, all, values, stride));
-    std::array<i32*, kLanes> lanes;
-    std::array<u8, kLanes> symbols;
-    for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l)
-        lanes[l] = values.data() + block.components[l] * stride;
-    if (block.entry) {
-        std::array<const u32*, kLanes> slots;
-        for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l)
-            slots[l] = tables_.values.slots.data() + std::size_t{block.rows[l]} * kSlots;
-        for (const u32 token : tokens) {
-            if (!stream.step(block.lanes, slots.data(), symbols.data())) return Status::stream_ends_early;
-            for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l) {
-                i32 value = symbols[l] - T::kValueMax;
-                if (symbols[l] == T::kEscape) {
-                    u16 word = 0;
-                    if (!stream.raw(word)) return Status::stream_ends_early;
-                    value = static_cast<std::int16_t>(word);
+    void begin(std::size_t token_class) {
+        steps_ = grid_.steps(level_, token_class);
+        for (std::size_t m = 0; m < 3; ++m) {
+            shrink_[m].resize(grid_.components());
+            for (std::size_t c = 0; c < grid_.components(); ++c)
+                shrink_[m][c] = codec_.tables_.shrinkage_of(
+                    grid_.scales[token_class][c] + T::kLevelShift[static_cast<std::size_t>(level_)])[m + 1];
+        }
+    }
+    GridView view() const {
+        return {steps_.data(), grid_.mean.data(), {shrink_[0].data(), shrink_[1].data(), shrink_[2].data()}};
+    }
+    bool write(WindowBuffers& buffers, std::span<const u32> tokens) {
+        std::size_t first = 0;
+        for (const CodedPlane& coded : segment_.planes) {
+            const std::size_t channels = coded.plane.channels();
+            const GridView grid = view().from(first);
+            if (!planes_.restore(coded, tokens, buffers.row(0) + first, buffers.stride(), grid))
+                for (std::size_t t = 0; t < tokens.size(); ++t) {
+                    codec_.kernels_.dequantise(buffers.row(t) + first, channels, grid, row_.data());
+                    planes_.write(coded, tokens[t], row_.data());
                 }
-                lanes[l][token] = value;
+            first += channels;
+        }
+        return true;
+    }
+
+  protected:
+    const LossyCodec& codec_;
+    const LossySegment& segment_;
+    const Grid& grid_;
+    PlaneWriter planes_;
+
+  private:
+    int level_;
+    std::vector<float> steps_, row_;
+    std::array<std::vector<float>, 3> shrink_;
+};
+
+// The same through a profile's basis, some tokens at a time.
+class LossyCodec::TransformWriter : public RowWriter {
+  public:
+    TransformWriter(const LossyCodec& codec, const LossySegment& segment, const Grid& grid, int level, Dtype dtype)
+        : RowWriter(codec, segment, grid, level, dtype), y_(kTransformTokens * grid.components()),
+          scratch_(gemm::scratch_floats(kTransformTokens)) {
+        std::size_t widest = 0;
+        for (const CodedPlane& coded : segment.planes) widest = std::max(widest, coded.plane.channels());
+        x_.resize(kTransformTokens * widest);
+        for (std::size_t c = 0; c < segment.profile->channels; ++c) inverse_weight_.push_back(1.0f / segment.profile->weight[c]);
+    }
+    // False where the profile's shape does not fit the segment.
+    bool write(WindowBuffers& buffers, std::span<const u32> tokens) {
+        for (std::size_t t = 0; t < tokens.size(); ++t) {
+            codec_.kernels_.dequantise(buffers.row(t), grid_.components(), view(),
+                                       y_.data() + tokens_.size() * grid_.components());
+            tokens_.push_back(tokens[t]);
+            if (tokens_.size() == kTransformTokens && !flush()) return false;
+        }
+        return true;
+    }
+    bool flush() {
+        const GroupProfile& profile = *segment_.profile;
+        const std::size_t components = grid_.components();
+        std::size_t first = 0;
+        for (const CodedPlane& coded : segment_.planes) {
+            const std::size_t channels = coded.plane.channels();
+            if (channels == 0 || tokens_.empty()) continue;
+            const bool fits = gemm::inverse(codec_.gemm_, {{y_.data(), tokens_.size() * components}, tokens_.size(), components, components},
+                                            {{profile.basis, components * profile.channels}, components, profile.channels, profile.channels},
+                                            first, {{x_.data(), tokens_.size() * channels}, tokens_.size(), channels, channels}, scratch_);
+            if (!fits) return false;
+            for (std::size_t t = 0; t < tokens_.size(); ++t) {
+                float* row = x_.data() + t * channels;
+                for (std::size_t c = 0; c < channels; ++c) row[c] = row[c] * inverse_weight_[first + c] + profile.mean[first + c];
+                planes_.write(coded, tokens_[t], row);
             }
+            first += channels;
         }
-        return Status::ok;
+        tokens_.clear();
+        return true;
     }
-    std::array<const u16*, kLanes> rows;
-    for (const u32 token : tokens) {
-        for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l) {
-            const std::size_t row = block.rows[l] + static_cast<std::size_t>(std::min(std::abs(lanes[l][token]), 2));
-            rows[l] = tables_.digits.freq.data() + 3 * row;
-        }
-        if (!stream.step3(block.lanes, rows.data(), symbols.data())) return Status::stream_ends_early;
-        for (std::size_t l = 0; l < static_cast<std::size_t>(block.lanes); ++l) {
-            i32& value = lanes[l][token];
-            const i32 digit = symbols[l] - 1;
-            value = 3 * value + (value < 0 ? -digit : digit);
-        }
-    }
-    return Status::ok;
-}
 
-Status LossyCodec::decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const Statistics> statistics,
-                                  int level, const TokenClasses& classes) const {
-    const std::vector<Block> coded = blocks(statistics, level, !classes.drains.empty());
-    const auto decode = [&](ByteView stream, std::size_t first, std::size_t last) {
-        StreamDecoder decoder;
-        Status status = decoder.begin(stream);
-        for (std::size_t index = first; index < last && status == Status::ok; ++index)
-            status = decode_block(decoder, coded[index], classes.of(coded[index].drain), values, stride);
-        return status == Status::ok ? decoder.finish() : status;
-    };
-    return split_streams(payload, coded.size(), decode);
-}
+  private:
+    std::vector<float> y_, x_, inverse_weight_, scratch_;
+    std::vector<std::size_t> tokens_;
+};
 
-void LossyCodec::reconstruct(const CodedPlane& coded, const Statistics& statistics, const i32* values,
-                             const TokenClasses& classes, int level, Dtype dtype) const {
-    using T = LossyTables;
-    const PlaneView& plane = coded.plane;
-    const std::size_t channels = plane.channels();
-    const std::size_t stride = values_stride(plane.tokens);
-    const float step = level_step(statistics.step, level);
-    std::vector<float> row(channels), means(channels);
-    for (std::size_t c = 0; c < channels; ++c) means[c] = statistics.mean(c);
-    for (const bool drain : {false, true}) {
-        const float scale_step = drain ? step * kDrainScale : step;
-        const std::vector<int>& scales = drain ? statistics.drain_scales : statistics.plain_scales;
-        std::vector<const float*> centroids(channels);
-        for (std::size_t c = 0; c < channels; ++c) {
-            const int scale = std::clamp(scales[c] + T::kLevelShift[static_cast<std::size_t>(level)], 0, T::kScales - 1);
-            centroids[c] = tables_.centroids.data() + scale * T::kCentroids + T::kValueMax;
-        }
-        for (const u32 token : classes.of(drain)) {
-            for (std::size_t c = 0; c < channels; ++c) {
-                const i32 value = values[c * stride + token];
-                const float steps = std::abs(value) <= T::kValueMax ? centroids[c][value] : static_cast<float>(value);
-                row[c] = steps * scale_step + means[c];
-            }
-            if (coded.rotation.pairs > 0) rotate_row(row.data(), plane.heads, plane.dim, coded.rotation, token, 1.0f);
-            row_from_float(row.data(), channels, dtype, plane.row(token));
-        }
-    }
-}
-
-Status LossyCodec::decode(std::span<const ByteView> payloads, std::span<const CodedPlane> planes, std::size_t sinks,
+Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView> payloads, std::size_t sinks,
                           Dtype dtype) const {
     std::vector<u16> drains;
-    std::vector<Statistics> statistics;
+    Grid grid;
     std::size_t at = 0;
-    if (const Status status = read_side(payloads.front(), planes, sinks, dtype, drains, statistics, at);
-        status != Status::ok)
+    if (const Status status = read_side(payloads.front(), segment, sinks, dtype, drains, grid, at); status != Status::ok)
         return status;
-    const std::size_t tokens = planes.front().plane.tokens;
-    const TokenClasses classes = classify(tokens, sinks, drains);
-    std::size_t components = 0;
-    for (const CodedPlane& coded : planes) components += coded.plane.channels();
-    const std::size_t stride = values_stride(tokens);
-    Values values(components * stride, 0);
-    for (std::size_t level = 0; level < payloads.size(); ++level) {
-        const ByteView streams = level == 0 ? payloads[0].subspan(at) : payloads[level];
-        const Status status = decode_streams(streams, values, stride, statistics, static_cast<int>(level), classes);
-        if (status != Status::ok) return status;
+    const TokenClasses classes = classify(segment.tokens(), sinks, drains);
+    const int levels = static_cast<int>(payloads.size());
+    std::array<ClassPlan, 2> plans;
+    std::array<const ClassPlan*, 2> coded{};
+    for (const std::size_t c : {kDrains, kPlain})
+        if (!classes[c].empty()) {
+            plans[c] = plan_class(tables_, grid.scales[c], levels);
+            coded[c] = &plans[c];
+        }
+    WindowDecoder decoder(kernels_, tables_.alphabet(), coded, grid.components());
+    std::vector<ByteView> sections(payloads.begin(), payloads.end());
+    sections.front() = sections.front().subspan(at);
+    if (const Status status = decoder.open(sections); status != Status::ok) return status;
+
+    WindowBuffers buffers(grid.components());
+    const auto decode_all = [&](auto& writer) {
+        for (const std::size_t c : {kDrains, kPlain}) {
+            if (classes[c].empty()) continue;
+            writer.begin(c);
+            buffers.clear();
+            for (std::size_t first = 0; first < classes[c].size(); first += kWindow) {
+                const std::size_t steps = std::min(kWindow, classes[c].size() - first);
+                if (const Status status = decoder.next(c, static_cast<int>(steps), buffers); status != Status::ok) return status;
+                if (!writer.write(buffers, std::span(classes[c]).subspan(first, steps))) return Status::side_information;
+            }
+        }
+        return decoder.finish();
+    };
+    Status status;
+    if (segment.profile != nullptr && segment.profile->basis != nullptr) {
+        TransformWriter writer(*this, segment, grid, levels - 1, dtype);
+        status = decode_all(writer);
+        if (status == Status::ok && !writer.flush()) status = Status::side_information;
+    } else {
+        RowWriter writer(*this, segment, grid, levels - 1, dtype);
+        status = decode_all(writer);
     }
-    const u8* sink_rows = payloads.front().data() + at;
-    for (const CodedPlane& coded : planes) sink_rows -= sinks * coded.plane.channels() * element_bytes(dtype);
-    const i32* next = values.data();
-    for (std::size_t index = 0; index < planes.size(); ++index) {
-        const PlaneView& plane = planes[index].plane;
-        reconstruct(planes[index], statistics[index], next, classes, static_cast<int>(payloads.size()) - 1, dtype);
-        next += plane.channels() * stride;
-        const std::size_t row_bytes = plane.channels() * element_bytes(dtype);
-        for (std::size_t token = 0; token < sinks; ++token, sink_rows += row_bytes)
-            if (row_bytes > 0) std::memcpy(plane.row(token), sink_rows, row_bytes);
-    }
+    if (status != Status::ok) return status;
+    const u8* sink_row = payloads.front().data() + at - sink_bytes(segment, sinks, dtype);
+    for (const CodedPlane& coded_plane : segment.planes)
+        for (std::size_t token = 0; token < sinks; ++token) {
+            write_row(coded_plane.plane, token, element_bytes(dtype), sink_row);
+            sink_row += coded_plane.plane.channels() * element_bytes(dtype);
+        }
     return Status::ok;
 }
 

@@ -1,16 +1,15 @@
-// The calibration-free nested codec "CF" (FORMAT.md §4, reference/lossy.py): one segment at a time.
+// The nested lossy codec (FORMAT.md §4, reference/lossy.py): one segment at a time, with or without a profile.
 //
 // READ ME FIRST
-//  * Values on the finest grid are int32: at most 32767 · 9, so 3·value and value·2 never overflow.
-//  * `Values` is component-major: a component's tokens lie together, as the lanes of a block read them.
-//  * Buffers are sized by the caller's planes, never by what a segment says.
+//  * Buffers are sized by the caller's planes and profile, never by what a segment says.
+//  * The encoder's values are at most 32760 on the finest grid, so i16 holds them on every grid.
+//  * Magnitudes: coded values are below 2^100, with a profile 2^60, weights and their inverses at most 2^40 (profile.py checks), steps at most
+//    2^32 and channels at most 2^20 a group, so nothing a segment or an array says makes an infinity on the way.
 #pragma once
 
-#include <numeric>
-#include <optional>
-
-#include "float_bits.hpp"
-#include "rans.hpp"
+#include "gemm.hpp"
+#include "statistics.hpp"
+#include "window_streams.hpp"
 
 namespace kvstore {
 
@@ -20,84 +19,56 @@ struct CodedPlane {
     double step_factor = 0;
 };
 
-struct LossyTables {
-    static constexpr int kScales = 48, kValueMax = 127, kEscape = 255, kCentroids = 255;
-    static constexpr int kScaleIdOffset = 8, kScaleCodedMin = 6, kDrainShift = 12;
-    static constexpr std::array<int, 3> kLevelShift{0, 6, 13};
-
-    SlotTable values, digits;
-    std::vector<float> centroids;    // [48, 255]
-    std::vector<double> thresholds;  // (σ/step)² from which a scale id is one more
-    std::vector<double> variances;   // (σ/step)² that a scale id stands for
+// A profile's group (profile.py). `basis`: half-precision bits [components, channels]; null: components are channels.
+struct GroupProfile {
+    const float* mean = nullptr;
+    const float* weight = nullptr;
+    const u16* basis = nullptr;
+    const u8* scale_ids = nullptr;
+    std::size_t channels = 0, components = 0;
 };
 
-using Tokens = std::vector<u32>;
+struct LossySegment {
+    std::vector<CodedPlane> planes;
+    std::span<const u16> drains;  // encoders only, unless `find_drains`
+    bool find_drains = false;  // from its own planes, which are K and V of whole layers
+    const GroupProfile* profile = nullptr;
+    int step_quarters = 0;  // encoders only
 
-// Tokens of a segment by class; sinks are the first ones and in neither list.
-struct TokenClasses {
-    Tokens plain, drains;
-
-    const Tokens& of(bool drain) const { return drain ? drains : plain; }
+    std::size_t tokens() const { return planes.front().plane.tokens; }
+    std::size_t channels() const;
 };
 
-TokenClasses classify(std::size_t tokens, std::size_t sinks, std::span<const u16> drains);
-std::vector<u16> drain_tokens(const PlaneView& k, const PlaneView& v, std::size_t sinks, Dtype dtype);
-
-// What the reader must know of one plane.
-struct Statistics {
-    float step = 1;
-    u8 mean_shift = 0;
-    std::vector<i32> mean_steps;
-    std::vector<u8> scale_ids;
-
-    // Scale indices at the base step, of plain and of drain tokens; derived from the fields above.
-    std::vector<int> plain_scales, drain_scales;
-
-    float quantum() const;
-    float mean(std::size_t channel) const { return static_cast<float>(mean_steps[channel]) * quantum(); }
+struct DrainLayer {
+    PlaneView k, v;
 };
 
 class LossyCodec {
   public:
-    // `vector`: use the CPU's vector instructions, which must be there.
-    LossyCodec(LossyTables tables, bool vector) : tables_(std::move(tables)), vector_(vector) {}
+    LossyCodec(LossyTables tables, const Kernels& kernels, gemm::Isa gemm)
+        : tables_(std::move(tables)), kernels_(kernels), gemm_(gemm) {}
 
+    std::vector<u16> drain_tokens(std::span<const DrainLayer> layers, std::size_t sinks, Dtype dtype) const;
     // Payloads of quality layers 0…levels−1.
-    Status encode(std::span<const CodedPlane> planes, std::span<const u16> drains, std::size_t sinks, Dtype dtype,
-                  int levels, std::vector<Bytes>& payloads) const;
-    Status decode(std::span<const ByteView> payloads, std::span<const CodedPlane> planes, std::size_t sinks,
-                  Dtype dtype) const;
+    Status encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels, std::vector<Bytes>& payloads) const;
+    Status decode(const LossySegment& segment, std::span<const ByteView> payloads, std::size_t sinks, Dtype dtype) const;
 
   private:
-    struct Block;
-    using Values = std::vector<i32>;  // [components, stride], a component's tokens together
+    struct Grid;
+    struct Flat;
 
-    void derive_scales(Statistics& statistics) const;
-    Statistics measure(const std::vector<float>& flat, std::size_t channels, const TokenClasses& classes,
-                       double step_factor) const;
-    static std::vector<Block> blocks(std::span<const Statistics> statistics, int level, bool drains);
-    void encode_streams(Bytes& out, const Values& values, std::size_t stride, std::span<const Statistics> statistics,
-                        int level, const TokenClasses& classes) const;
-    void encode_block(StreamEncoder& encoder, const Block& block, const Tokens& tokens, const Values& values,
-                      std::size_t stride) const;
-    Status decode_streams(ByteView payload, Values& values, std::size_t stride, std::span<const Statistics> statistics,
-                          int level, const TokenClasses& classes) const;
-    Status decode_block(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
-                        std::size_t stride) const;
-    // Whether vector code may take a block; all of it where encoding, its first tokens (how many) where decoding.
-    bool for_vector(const Block& block, const Values& values) const;
-    bool encode_by_vector(StreamEncoder& stream, const Block& block, const Tokens& tokens, const Values& values,
-                          std::size_t stride) const;
-    std::size_t decode_by_vector(StreamDecoder& stream, const Block& block, const Tokens& tokens, Values& values,
-                                 std::size_t stride) const;
-    void reconstruct(const CodedPlane& coded, const Statistics& statistics, const i32* values,
-                     const TokenClasses& classes, int level, Dtype dtype) const;
-    // Reads side information; `at` becomes where the streams start.
-    Status read_side(ByteView payload, std::span<const CodedPlane> planes, std::size_t sinks, Dtype dtype,
-                     std::vector<u16>& drains, std::vector<Statistics>& statistics, std::size_t& at) const;
+    Status read_planes(const LossySegment& segment, std::size_t sinks, Dtype dtype, Flat& flat,
+                       std::vector<std::vector<double>>* energies) const;
+    Grid measured_grid(const std::vector<Statistics>& statistics, bool drains) const;
+    Grid profile_grid(const GroupProfile& profile, int step_quarters) const;
+    Status read_side(ByteView payload, const LossySegment& segment, std::size_t sinks, Dtype dtype, std::vector<u16>& drains,
+                     Grid& grid, std::size_t& at) const;
+    class RowWriter;
+    class TransformWriter;
 
     LossyTables tables_;
-    bool vector_;
+    const Kernels& kernels_;
+    gemm::Isa gemm_;
 };
 
 }  // namespace kvstore

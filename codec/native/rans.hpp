@@ -56,7 +56,7 @@ class StreamEncoder {
 
     // Call before each step (all lanes' symbols and raw words): makes room for its words.
     void reserve_step() {
-        if (words_.size() - count_ < 2 * kLanes) words_.resize(2 * words_.size() + 1024);
+        if (words_.size() - count_ < 2 * kLanes) words_.resize(2 * words_.size() + 8192);
     }
     // Branch-free: whether a lane gives up a word is as good as random.
     void put(int lane, u32 freq, u32 start) {
@@ -69,7 +69,7 @@ class StreamEncoder {
     }
     void put_raw(u16 word) { words_[count_++] = word; }
 
-    // For vector code, which keeps the states in registers: up to 16 words at a time are written at `room`.
+    // For vector code, which keeps the states in registers: up to 32 words at a time are written at `room`.
     std::array<u32, kLanes>& states() { return states_; }
     u16* room() { return words_.data() + count_; }
     void added(std::size_t words) { count_ += words; }
@@ -100,28 +100,27 @@ class StreamDecoder {
         return std::all_of(states_.begin(), states_.end(), [](u32 x) { return x >= kStateMin; }) ? Status::ok
                                                                                                  : Status::state_range;
     }
-    // Symbols of the first `lanes` lanes by full slot tables, `slots[lane]` one of 4096 entries.
-    bool step(int lanes, const u32* const* slots, u8* symbols) {
+    // Symbols of the first `lanes` lanes; lane l's table of 4096 entries begins at slots[offsets[l]].
+    bool step(int lanes, const u32* slots, const i32* offsets, u8* symbols) {
         for (int lane = 0; lane < lanes; ++lane) {
             const u32 x = states_[static_cast<std::size_t>(lane)];
-            const u32 entry = slots[lane][x & (kSlots - 1)];
+            const u32 entry = slots[static_cast<u32>(offsets[lane]) + (x & (kSlots - 1))];
             symbols[lane] = static_cast<u8>(entry >> 24);
             states_[static_cast<std::size_t>(lane)] =
                 ((entry >> kSlotBits & (kSlots - 1)) + 1) * (x >> kSlotBits) + (entry & (kSlots - 1));
         }
         return refill(lanes);
     }
-    // The same for alphabets of three symbols, by comparison: `tables[lane]` points at three frequencies.
-    bool step3(int lanes, const u16* const* tables, u8* symbols) {
+    // Digits 0…2 of alphabets of three: where lane l's second and third symbol start.
+    bool step3(int lanes, const u16* seconds, const u16* thirds, u8* symbols) {
         for (int lane = 0; lane < lanes; ++lane) {
             const u32 x = states_[static_cast<std::size_t>(lane)];
-            const u32 slot = x & (kSlots - 1);
-            const u16* f = tables[lane];
-            const u32 first = f[0], second = first + f[1];
-            const u32 symbol = static_cast<u32>(slot >= first) + static_cast<u32>(slot >= second);
-            const u32 start = symbol == 0 ? 0 : symbol == 1 ? first : second;
+            const u32 slot = x & (kSlots - 1), second = seconds[lane], third = thirds[lane];
+            const u32 symbol = static_cast<u32>(slot >= second) + static_cast<u32>(slot >= third);
+            const u32 start = symbol == 0 ? 0 : symbol == 1 ? second : third;
+            const u32 end = symbol == 0 ? second : symbol == 1 ? third : kSlots;
             symbols[lane] = static_cast<u8>(symbol);
-            states_[static_cast<std::size_t>(lane)] = f[symbol] * (x >> kSlotBits) + slot - start;
+            states_[static_cast<std::size_t>(lane)] = (end - start) * (x >> kSlotBits) + slot - start;
         }
         return refill(lanes);
     }
@@ -173,47 +172,52 @@ class StreamDecoder {
     const u8* end_ = nullptr;
 };
 
-// Blocks [first, last) of the stream `index` of `count`.
+// Stream `index`'s share of `items` among `count` streams: [first, last).
 struct Deal {
     std::size_t first, last;
 };
-inline Deal deal(std::size_t blocks, std::size_t count, std::size_t index) {
-    return {index * blocks / count, (index + 1) * blocks / count};
+inline Deal deal(std::size_t items, std::size_t count, std::size_t index) {
+    return {index * items / count, (index + 1) * items / count};
 }
 
-// Writes a streams section: `encode(first, last, encoder)` codes those blocks backwards.
-template <class Encode>
-void join_streams(Bytes& out, std::size_t blocks, i64 symbols, Encode encode) {
-    const std::size_t wanted = static_cast<std::size_t>(std::max<i64>(1, symbols / kStreamSymbols));
-    const std::size_t count = std::min(blocks, wanted);
-    append(out, static_cast<u16>(count));
-    const std::size_t lengths = out.size();
-    out.resize(lengths + 4 * count);
-    for (std::size_t index = 0; index < count; ++index) {
-        StreamEncoder encoder;
-        const Deal share = deal(blocks, count, index);
-        encode(share.first, share.last, encoder);
-        const u32 words = encoder.finish(out);
-        std::memcpy(out.data() + lengths + 4 * index, &words, 4);
+// The encoder's choice. Two streams are decoded in lockstep, which hides latency; the states of one are 128 bytes.
+inline std::size_t stream_count(std::size_t blocks, i64 symbols) {
+    const i64 wanted = std::max<i64>(symbols >= kStreamPairSymbols ? 2 : 1, symbols / kStreamSymbols);
+    return std::min(blocks, static_cast<std::size_t>(wanted));
+}
+
+// Writes a streams section.
+inline void join_streams(Bytes& out, std::span<const StreamEncoder> streams) {
+    append(out, static_cast<u16>(streams.size()));
+    std::size_t lengths = out.size();
+    out.resize(lengths + 4 * streams.size());
+    for (const StreamEncoder& stream : streams) {
+        const u32 words = stream.finish(out);
+        std::memcpy(out.data() + lengths, &words, 4);
+        lengths += 4;
     }
 }
 
-// Reads one: `decode(stream, first, last)` -> Status for each stream. The section must fill `payload` exactly.
-template <class Decode>
-Status split_streams(ByteView payload, std::size_t blocks, Decode decode) {
+// Opens the streams of a streams section, which must fill `payload`.
+inline Status split_streams(ByteView payload, std::size_t blocks, std::vector<StreamDecoder>& streams) {
     if (payload.size() < 2) return Status::too_short;
     const std::size_t count = load<u16>(payload.data());
     std::size_t at = 2 + 4 * count;
     if (count > blocks || (count == 0) != (blocks == 0) || payload.size() < at) return Status::stream_count;
+    streams.resize(count);
     for (std::size_t index = 0; index < count; ++index) {
         const std::size_t length = 4 * kLanes + 2 * static_cast<std::size_t>(load<u32>(payload.data() + 2 + 4 * index));
         if (length > payload.size() - at) return Status::stream_length;
-        const Deal share = deal(blocks, count, index);
-        if (const Status status = decode(payload.subspan(at, length), share.first, share.last); status != Status::ok)
-            return status;
+        if (const Status status = streams[index].begin(payload.subspan(at, length)); status != Status::ok) return status;
         at += length;
     }
     return at == payload.size() ? Status::ok : Status::bytes_left_over;
+}
+
+inline Status finish_streams(std::span<const StreamDecoder> streams) {
+    for (const StreamDecoder& stream : streams)
+        if (const Status status = stream.finish(); status != Status::ok) return status;
+    return Status::ok;
 }
 
 }  // namespace kvstore

@@ -183,7 +183,7 @@ def test_views_of_the_cache_share_its_memory_and_survive_its_growth() -> None:
         assert k.shape == v.shape == (5, 2, 16)
         assert k.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
         assert v.untyped_storage().data_ptr() == layer.values.untyped_storage().data_ptr()
-    read = arrays.planes(kv, layout)  # what the codec reads: still the cache's memory
+    read: list[Any] = list(arrays.planes(kv, layout))  # what the codec reads: still the cache's memory
     assert read[0].ctypes.data == kv[0][0].data_ptr() == cache.layers[0].keys[0, 0, 2].data_ptr()
     assert read[0].strides == (32, 256, 2)
 

@@ -12,7 +12,8 @@ from kv_strategies import bits, random_kv
 import kvstore_codec as codec
 
 VECTORS = Path(__file__).parent.parent / "vectors"
-OBJECTS = VECTORS / "objects" / "v1"
+OBJECTS = VECTORS / "objects" / "v2"
+PROFILES = VECTORS / "profiles"
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,19 @@ class Case:
     first_position: int = 0
     part: int = 0
     provenance: str = "raw"
+    #: the pinned profile that it is coded with
+    profile: str | None = None
+    step: float = 1.0
 
     def arguments(self) -> dict[str, Any]:
         return {
             "quality": self.quality, "first_position": self.first_position, "part": self.part,
-            "provenance": self.provenance, "chunk_hash": bytes(range(32)),
+            "provenance": self.provenance, "chunk_hash": bytes(range(32)), "profile": self.read_profile(),
+            "step": self.step,
         }  # fmt: skip
+
+    def read_profile(self) -> codec.Profile | None:
+        return None if self.profile is None else codec.Profile.load(PROFILES / f"{self.profile}.kvp")
 
 
 def _llama(dtype: str = "bfloat16", **changes: Any) -> codec.KVLayout:
@@ -63,6 +71,13 @@ CASES = [
     Case("lossless-mixed-layers", MIXED, 32, "lossless"),
     Case("high-part", _llama(partition=codec.Partition(2, 2)), 32, "high", first_position=32, part=3),
     Case("low-wide", WIDE, 112, "low", first_position=256),
+    Case("lossless-wide", WIDE, 112, "lossless", first_position=256),
+    Case("medium-step", _llama(), 32, "medium", first_position=64, step=0.5),
+    *(Case(f"high-transform-{dtype}", _llama(dtype), 32, "high", profile=f"transform-{dtype}")
+      for dtype in ("bfloat16", "float16", "float32")),
+    Case("low-transform-step", _llama(), 32, "low", first_position=64, profile="transform-bfloat16", step=0.6),
+    Case("high-diagonal-k-and-v-apart", _llama(), 32, "high", first_position=64, profile="diagonal"),
+    Case("medium-statistics", _llama(), 16, "medium", first_position=2, profile="statistics"),
 ]  # fmt: skip
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kvstore_codec import tables
+from kvstore_codec import arrays, tables
 from kvstore_codec.arrays import Plane
 from kvstore_codec.errors import DamagedObject, ErrorCode
+from kvstore_codec.reference.blocks import Block, deal
 from kvstore_codec.reference.rans import (
     LANES,
     NO_RAW,
@@ -24,7 +25,9 @@ from kvstore_codec.reference.rans import (
     StreamEncoder,
     join_streams,
     split_streams,
+    stream_count,
 )  # fmt: skip
+from kvstore_codec.reference.value_streams import window_steps
 
 Ints = npt.NDArray[Any]
 
@@ -82,7 +85,7 @@ SYMBOL_COSTS = _symbol_costs()
 def encode_lossless(planes: Sequence[Plane], dtype: str) -> bytes:
     layout = FLOATS[dtype]
     tokens = planes[0].shape[0]
-    split = [layout.split(plane.reshape(tokens, -1).astype(np.int64)) for plane in planes]
+    split = [layout.split(arrays.read(plane).reshape(tokens, -1).astype(np.int64)) for plane in planes]
     exponents = np.concatenate([part[0] for part in split], axis=1)
     chosen, bases = _choose_tables(exponents, layout)
     plain = b"".join(_pack_bits(part[1], layout.plain_bits) for part in split)
@@ -108,7 +111,7 @@ def decode_lossless(payload: memoryview, planes: Sequence[Plane], dtype: str) ->
     for plane, count, size in zip(planes, channels, sizes, strict=True):
         plain = _unpack_bits(payload[at : at + size], tokens * count, layout.plain_bits).reshape(tokens, count)
         bits = layout.join(exponents[:, first : first + count], plain)
-        plane[...] = bits.astype(plane.dtype).reshape(plane.shape)
+        arrays.write(plane, bits.astype(plane.dtype).reshape(plane.shape))
         at += size
         first += count
 
@@ -133,45 +136,44 @@ def _choose_tables(exponents: Ints, layout: FloatBits) -> tuple[Ints, Ints]:
     return chosen, bases
 
 
-def _block_components(chosen: Ints) -> list[Ints]:
+def _blocks(chosen: Ints) -> list[Block]:
     order = np.argsort(chosen, kind="stable")
-    return [order[first : first + LANES] for first in range(0, len(order), LANES)]
+    cuts = (order[first : first + LANES] for first in range(0, len(order), LANES))
+    return [Block(components, chosen[components], 0) for components in cuts]
 
 
 def _encode_streams(exponents: Ints, chosen: Ints, bases: Ints) -> bytes:
-    blocks = _block_components(chosen)
-    tokens = exponents.shape[0]
+    blocks = _blocks(chosen)
 
-    def encode(some: Sequence[Ints]) -> bytes:
+    def encode(index: int, count: int) -> bytes:
         encoder = StreamEncoder()
-        for lanes in some:
-            for token in range(tokens):
-                exponent = exponents[token, lanes]
-                distance = bases[lanes] - exponent
-                coded = (distance >= 0) & (distance < tables.EXPONENT_ESCAPE)
-                symbols = np.where(coded, distance, tables.EXPONENT_ESCAPE)
-                symbols = np.where(tables.EXPONENTS.freq[chosen[lanes], symbols] > 0, symbols, tables.EXPONENT_ESCAPE)
-                raw = np.where(symbols == tables.EXPONENT_ESCAPE, exponent, NO_RAW)
-                encoder.step(tables.EXPONENTS, chosen[lanes], symbols, raw)
+        for block, token in window_steps(deal(blocks, count, index), np.arange(len(exponents))):
+            exponent = exponents[token, block.components]
+            distance = bases[block.components] - exponent
+            coded = (distance >= 0) & (distance < tables.EXPONENT_ESCAPE)
+            symbols = np.where(coded, distance, tables.EXPONENT_ESCAPE)
+            symbols = np.where(tables.EXPONENTS.freq[block.scales, symbols] > 0, symbols, tables.EXPONENT_ESCAPE)
+            raw = np.where(symbols == tables.EXPONENT_ESCAPE, exponent, NO_RAW)
+            encoder.step(tables.EXPONENTS, block.scales, symbols, raw)
         return encoder.finish()
 
-    return join_streams(blocks, exponents.size, encode)
+    return join_streams(stream_count(len(blocks), exponents.size), encode)
 
 
 def _decode_streams(payload: memoryview, tokens: int, chosen: Ints, bases: Ints, layout: FloatBits) -> Ints:
-    blocks = _block_components(chosen)
+    blocks = _blocks(chosen)
     exponents = np.zeros((tokens, len(chosen)), np.int64)
-    for stream, some in split_streams(payload, blocks):
+    streams = split_streams(payload, len(blocks))
+    for index, stream in enumerate(streams):
         decoder = StreamDecoder(stream)
-        for lanes in some:
-            for token in range(tokens):
-                symbols = decoder.step(tables.EXPONENTS, chosen[lanes]).astype(np.int64)
-                value = bases[lanes] - symbols
-                escaped = symbols == tables.EXPONENT_ESCAPE
-                value[escaped] = decoder.raw(int(escaped.sum()))
-                if ((value < 0) | (value >= 1 << layout.exponent_bits)).any():
-                    raise DamagedObject("a segment holds an impossible exponent", code=ErrorCode.STRUCTURE)
-                exponents[token, lanes] = value
+        for block, token in window_steps(deal(blocks, len(streams), index), np.arange(tokens)):
+            symbols = decoder.step(tables.EXPONENTS, block.scales).astype(np.int64)
+            value = bases[block.components] - symbols
+            escaped = symbols == tables.EXPONENT_ESCAPE
+            value[escaped] = decoder.raw(int(escaped.sum()))
+            if ((value < 0) | (value >= 1 << layout.exponent_bits)).any():
+                raise DamagedObject("a segment holds an impossible exponent", code=ErrorCode.STRUCTURE)
+            exponents[token, block.components] = value
         decoder.finish()
     return exponents
 

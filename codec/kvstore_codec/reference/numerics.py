@@ -13,7 +13,6 @@ Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]
 
 SUM_LANES = 16
-BFLOAT16_MAX = np.uint32(0x7F7F0000)
 FLOAT16_MAX = np.float32(65504.0)
 
 
@@ -26,13 +25,13 @@ def to_float32(bits: npt.NDArray[Any], dtype: str) -> Float32s:
 
 
 def from_float32(values: Float32s, dtype: str) -> npt.NDArray[Any]:
-    """Round to nearest even; magnitudes beyond the dtype's largest finite number become it."""
+    """Round to nearest even. float16: magnitudes beyond the largest finite number become it. bfloat16: subnormal floats
+    become zeros, as CPUs' own conversions have it; nothing that is decoded is large enough to overflow."""
     if dtype == "bfloat16":
         word = values.view(np.uint32)
-        sign, magnitude = word & np.uint32(0x80000000), word & np.uint32(0x7FFFFFFF)
-        rounded = magnitude + np.uint32(0x7FFF) + ((magnitude >> np.uint32(16)) & np.uint32(1))
-        rounded = np.minimum(rounded & np.uint32(0xFFFF0000), BFLOAT16_MAX)
-        return ((sign | rounded) >> np.uint32(16)).astype(np.uint16)
+        rounded = word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))
+        normal = (word & np.uint32(0x7F800000)) != 0
+        return (np.where(normal, rounded, word & np.uint32(0x80000000)) >> np.uint32(16)).astype(np.uint16)
     if dtype == "float16":
         return np.clip(values, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16).view(np.uint16)
     return values.view(np.uint32)

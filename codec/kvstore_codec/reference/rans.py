@@ -10,8 +10,8 @@ Source: J. Duda, "Asymmetric numeral systems" (2013); interleaving as in F. Gies
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,8 @@ from kvstore_codec.tables import SLOT_BITS, SLOTS, SlotTable
 LANES = 32
 STATE_MIN = 1 << 16
 NO_RAW = -1
-STREAM_SYMBOLS = 3 << 15  # about this many symbols share one stream's states (the encoder's choice)
-
-B = TypeVar("B")
+STREAM_SYMBOLS = 1 << 17  # about this many symbols share one stream's states
+STREAM_PAIR_SYMBOLS = 1 << 15  # and from here on there are two
 
 
 class StreamEncoder:
@@ -94,21 +93,26 @@ class StreamDecoder:
         return words.astype(np.uint64)
 
 
-def join_streams(blocks: Sequence[B], symbols: int, encode: Callable[[Sequence[B]], bytes]) -> bytes:
-    """A segment's streams section: count, each stream's words, the streams. Blocks are dealt out evenly, in order."""
-    count = min(len(blocks), max(1, symbols // STREAM_SYMBOLS))
-    streams = [encode(some) for some in _deal(blocks, count)]
+def stream_count(blocks: int, symbols: int) -> int:
+    """The encoder's choice. Two streams are decoded in lockstep, which hides latency; one costs 128 bytes of states."""
+    wanted = max(2 if symbols >= STREAM_PAIR_SYMBOLS else 1, symbols // STREAM_SYMBOLS)
+    return min(blocks, wanted)
+
+
+def join_streams(count: int, encode: Callable[[int, int], bytes]) -> bytes:
+    """A streams section: count, each stream's words, the streams, which `encode(index, count)` makes."""
+    streams = [encode(index, count) for index in range(count)]
     lengths = b"".join(struct.pack("<I", (len(stream) - 4 * LANES) // 2) for stream in streams)
     return struct.pack("<H", count) + lengths + b"".join(streams)
 
 
-def split_streams(payload: memoryview, blocks: Sequence[B]) -> list[tuple[memoryview, Sequence[B]]]:
-    """Each stream of a streams section with its blocks. `payload` must hold the section and nothing else."""
+def split_streams(payload: memoryview, blocks: int) -> list[memoryview]:
+    """The streams of a streams section, which must fill `payload`."""
     if len(payload) < 2:
         raise DamagedObject("a segment is too short", code=ErrorCode.STRUCTURE)
     (count,) = struct.unpack_from("<H", payload)
     at = 2 + 4 * count
-    if count > len(blocks) or (count == 0) != (len(blocks) == 0) or len(payload) < at:
+    if count > blocks or (count == 0) != (blocks == 0) or len(payload) < at:
         raise DamagedObject("a segment has an impossible number of streams", code=ErrorCode.STRUCTURE)
     streams = []
     for (words,) in struct.iter_unpack("<I", payload[2:at]):
@@ -119,8 +123,4 @@ def split_streams(payload: memoryview, blocks: Sequence[B]) -> list[tuple[memory
         at += length
     if at != len(payload):
         raise DamagedObject("a segment has bytes left over", code=ErrorCode.STRUCTURE)
-    return list(zip(streams, _deal(blocks, count), strict=True))
-
-
-def _deal(blocks: Sequence[B], count: int) -> list[Sequence[B]]:
-    return [blocks[i * len(blocks) // count : (i + 1) * len(blocks) // count] for i in range(count)]
+    return streams

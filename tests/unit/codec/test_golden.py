@@ -9,14 +9,11 @@ from typing import Any
 
 import golden
 import pytest
+from coders import EVERY
 
 import kvstore_codec as codec
-from kvstore_codec.native import NativeCoder
-from kvstore_codec.reference.coder import ReferenceCoder
 
-every_coder = pytest.mark.parametrize(
-    "coder", [NativeCoder(), NativeCoder(vector=False), ReferenceCoder()], ids=["native", "scalar", "reference"]
-)
+every_coder = pytest.mark.parametrize("coder", EVERY.values(), ids=EVERY)
 every_case = pytest.mark.parametrize("case", golden.CASES, ids=lambda case: case.name)
 
 
@@ -37,7 +34,9 @@ def test_stored_bytes_decode_to_what_they_did(case: golden.Case, coder: Any) -> 
     stored = (golden.OBJECTS / case.name / "encoded.kvc").read_bytes()
     config = json.loads((golden.OBJECTS / case.name / "config.json").read_text())
     decoded = {
-        quality: golden.digest_of(codec.decode(stored, case.layout, quality=quality, coder=coder))
+        quality: golden.digest_of(
+            codec.decode(stored, case.layout, quality=quality, coder=coder, profile=case.read_profile())
+        )
         for quality in golden.qualities(stored)
     }
     assert decoded == config["decoded_blake2b_256"]
