@@ -140,6 +140,8 @@ void append(Bytes& out, T value) {
     std::memcpy(out.data() + at, &value, sizeof value);
 }
 
+inline void append_bytes(Bytes& out, const u8* from, std::size_t count) { out.insert(out.end(), from, from + count); }
+
 inline std::size_t element_bytes(Dtype dtype) {
     switch (dtype) {
         case Dtype::float32: return 4;

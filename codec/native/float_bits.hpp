@@ -24,7 +24,7 @@ inline u16 float_to_float16(float value) {
     if (magnitude < 0x1p-14f)  // subnormal: adding 0.5 aligns the unit of 2^-24 with float32's last bit
         return static_cast<u16>(sign | (std::bit_cast<u32>(magnitude + 0.5f) - 0x3F000000u));
     const u32 bits = std::bit_cast<u32>(magnitude);
-    return static_cast<u16>(sign | ((bits + 0xFFFu + (bits >> 13 & 1u)) >> 13) - (112u << 10));
+    return static_cast<u16>(sign | (((bits + 0xFFFu + (bits >> 13 & 1u)) >> 13) - (112u << 10)));
 }
 
 // Of float16 and float32; bfloat16 is the kernels' business.

@@ -3,117 +3,18 @@
 #include <memory>
 #include <numeric>
 
+#include "plane_rows.hpp"
+#include "token_classes.hpp"
+
 namespace kvstore {
 namespace {
 
 using T = LossyTables;
 
-constexpr double kDrainKNorm = 0.6, kDrainVNorm = 0.5;
-constexpr std::size_t kDrainTokensDivisor = 2;  // more drain tokens than one in so many are none
 constexpr float kDrainScale = 0.125f, kMagnitudeMax = 0x1p100f, kMagnitudeMaxProfile = 0x1p60f;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
 constexpr std::array<float, 4> kQuarterOctaves{0x1p0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
 constexpr std::size_t kTransformTokens = 64;  // decoded together, so that converting the basis pays
-
-// Tokens by class, in coding order: drain tokens, then plain ones. Sinks are in neither.
-using TokenClasses = std::array<std::vector<u32>, 2>;
-constexpr std::size_t kDrains = 0, kPlain = 1;
-
-TokenClasses classify(std::size_t tokens, std::size_t sinks, std::span<const u16> drains) {
-    TokenClasses classes;
-    classes[kDrains].assign(drains.begin(), drains.end());
-    auto next = drains.begin();
-    for (std::size_t token = sinks; token < tokens; ++token) {
-        if (next != drains.end() && *next == token) ++next;
-        else classes[kPlain].push_back(static_cast<u32>(token));
-    }
-    return classes;
-}
-
-void to_float(const Kernels& kernels, const PlaneView& plane, std::size_t token, Dtype dtype, Bytes& spare, float* out) {
-    const std::size_t bytes = element_bytes(dtype), channels = plane.channels();
-    const u8* row = plane.at(token);
-    if (!plane.whole_rows(bytes)) {
-        spare.resize(channels * bytes);
-        read_row(plane, token, bytes, spare.data());
-        row = spare.data();
-    }
-    if (dtype == Dtype::bfloat16) kernels.bfloat16_to_float(row, channels, out);
-    else row_to_float(row, channels, dtype, out);
-}
-
-// Rotates one token's keys in place by its angles, or back (`direction` −1).
-void rotate_row(const Kernels& kernels, float* row, const PlaneView& plane, const RotationView& rotation, std::size_t token,
-                float direction) {
-    const float* cos = rotation.cos + token * rotation.pairs;
-    const float* sin = rotation.sin + token * rotation.pairs;
-    for (std::size_t head = 0; head < plane.heads; ++head, row += plane.dim) {
-        if (!rotation.interleaved) {
-            kernels.rotate(row, row + rotation.pairs, cos, sin, rotation.pairs, direction);
-            continue;
-        }
-        for (std::size_t pair = 0; pair < rotation.pairs; ++pair)
-            kernels.rotate(row + 2 * pair, row + 2 * pair + 1, cos + pair, sin + pair, 1, direction);
-    }
-}
-
-void append_bytes(Bytes& out, const u8* from, std::size_t count) { out.insert(out.end(), from, from + count); }
-
-void append_sinks(Bytes& out, const LossySegment& segment, std::size_t sinks, Dtype dtype) {
-    Bytes row;
-    for (const CodedPlane& coded : segment.planes)
-        for (std::size_t token = 0; token < sinks; ++token) {
-            row.resize(coded.plane.channels() * element_bytes(dtype));
-            read_row(coded.plane, token, element_bytes(dtype), row.data());
-            append_bytes(out, row.data(), row.size());
-        }
-}
-
-std::size_t sink_bytes(const LossySegment& segment, std::size_t sinks, Dtype dtype) {
-    return sinks * segment.channels() * element_bytes(dtype);
-}
-
-// Finished rows of floats into the caller's planes.
-class PlaneWriter {
-  public:
-    PlaneWriter(const Kernels& kernels, Dtype dtype) : kernels_(kernels), dtype_(dtype) {}
-    // The common case in one pass over a window's rows; false for any other.
-    bool restore(const CodedPlane& coded, std::span<const u32> tokens, const i16* values, std::size_t stride,
-                 const GridView& grid) {
-        const PlaneView& plane = coded.plane;
-        const RotationView& rotation = coded.rotation;
-        const bool rotated = rotation.pairs > 0;
-        if (dtype_ != Dtype::bfloat16 || plane.channels() == 0 || !plane.whole_rows(2) ||
-            (rotated && (rotation.interleaved || 2 * rotation.pairs != plane.dim)))
-            return false;
-        RowWindow window{values, stride, static_cast<int>(tokens.size()), {}, {}, {}};
-        for (std::size_t t = 0; t < tokens.size(); ++t) {
-            window.rows[t] = plane.at(tokens[t]);
-            window.cos[t] = rotation.cos + tokens[t] * rotation.pairs;
-            window.sin[t] = rotation.sin + tokens[t] * rotation.pairs;
-        }
-        if (rotated) kernels_.restore_rotated_bfloat16(window, plane.heads, rotation.pairs, grid);
-        else kernels_.restore_bfloat16(window, plane.channels(), grid);
-        return true;
-    }
-    void write(const CodedPlane& coded, std::size_t token, float* row) {
-        const PlaneView& plane = coded.plane;
-        const std::size_t channels = plane.channels(), bytes = element_bytes(dtype_);
-        if (channels == 0) return;
-        if (coded.rotation.pairs > 0) rotate_row(kernels_, row, plane, coded.rotation, token, 1.0f);
-        const bool in_place = plane.whole_rows(bytes);
-        if (!in_place) spare_.resize(channels * bytes);
-        u8* const to = in_place ? plane.at(token) : spare_.data();
-        if (dtype_ == Dtype::bfloat16) kernels_.float_to_bfloat16(row, channels, to);
-        else row_from_float(row, channels, dtype_, to);
-        if (!in_place) write_row(plane, token, bytes, to);
-    }
-
-  private:
-    const Kernels& kernels_;
-    Dtype dtype_;
-    Bytes spare_;
-};
 
 }  // namespace
 
@@ -121,36 +22,6 @@ std::size_t LossySegment::channels() const {
     return std::accumulate(planes.begin(), planes.end(), std::size_t{0},
                            [](std::size_t sum, const CodedPlane& coded) { return sum + coded.plane.channels(); });
 }
-
-namespace {
-
-// `energies`: squared norms of the tokens from `sinks` on, of K and V in turn, layer by layer.
-std::vector<u16> quiet_tokens(std::span<const std::vector<double>> energies, std::size_t tokens, std::size_t sinks) {
-    std::vector<char> drain(tokens, 0), found(tokens, 0);
-    std::vector<double> sorted;
-    for (std::size_t plane = 0; plane < energies.size(); ++plane) {
-        const std::vector<double>& energy = energies[plane];
-        const double limit = plane % 2 ? kDrainVNorm : kDrainKNorm;
-        if (plane % 2 == 0) std::fill(found.begin(), found.end(), 0);
-        if (!energy.empty()) {
-            sorted = energy;
-            const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>((sorted.size() - 1) / 2);
-            std::nth_element(sorted.begin(), middle, sorted.end());
-            const double threshold = *middle * (limit * limit);
-            for (std::size_t i = 0; i < energy.size(); ++i) found[sinks + i] |= energy[i] < threshold;
-        }
-        if (plane % 2 == 0 || std::find(found.begin() + static_cast<std::ptrdiff_t>(sinks), found.end(), 0) == found.end())
-            continue;  // a layer all of whose tokens are quiet has none
-        for (std::size_t token = 0; token < tokens; ++token) drain[token] |= found[token];
-    }
-    std::vector<u16> quiet;
-    for (std::size_t token = 0; token < tokens; ++token)
-        if (drain[token]) quiet.push_back(static_cast<u16>(token));
-    if (quiet.size() * kDrainTokensDivisor > tokens - sinks) quiet.clear();
-    return quiet;
-}
-
-}  // namespace
 
 // What turns a component into integers and back.
 struct LossyCodec::Grid {

@@ -64,7 +64,7 @@ KVSTORE_TARGET inline void restore_head(const i16* __restrict values, std::size_
     }
 }
 
-KVSTORE_TARGET void restore_bfloat16(const RowWindow& window, std::size_t count, const GridView& grid) {
+[[maybe_unused]] KVSTORE_TARGET void restore_bfloat16(const RowWindow& window, std::size_t count, const GridView& grid) {
     for (std::size_t t = 0; t < static_cast<std::size_t>(window.steps); ++t)
         restore_row(window.values + t * window.stride, count, grid, window.rows[t]);
 }
