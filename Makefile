@@ -4,14 +4,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CACHE  := .cache/models
+PROFILES := .cache/profiles
+TEXTS  := .cache/texts
 # A CPU build: a plain or newer torch pulls gigabytes of CUDA packages. The package itself asks for a range.
 TORCH  ?= torch==2.13.0
 JSON   ?=
+SECONDS ?= 60
 PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
 SOURCE := kvstore codec client cluster protos bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fmt protos vectors wheel-test sanitize clean
+.PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +48,17 @@ bench: setup  ## speed of codec and transfer, as ratios to baselines of the same
 	$(BIN)/python -m bench.codec
 	$(BIN)/python -m bench.transfer
 
+profiles: setup $(PROFILES)/smollm2-kv5.kvp $(PROFILES)/smollm2-kv1.kvp  ## calibrated profiles of SmolLM2 (about twenty minutes)
+
+# kv5: five layers joint; kv1: one. An interrupted run goes on where it stopped.
+$(PROFILES)/smollm2-kv%.kvp: | $(TEXTS)/calibration
+	mkdir -p $(PROFILES)
+	$(BIN)/python -c 'from pathlib import Path; from kvstore.demo.model import model_folder; model_folder(Path("$(CACHE)"))'
+	$(BIN)/kvstore calibrate --model $(CACHE)/SmolLM2-135M-Instruct --text $(TEXTS)/calibration --layers-per-group $* --out $@
+
+$(TEXTS)/calibration: | setup
+	$(BIN)/python -m bench.texts --out $(TEXTS)
+
 fmt: setup  ## format and fix what can be fixed
 	$(BIN)/ruff format $(SOURCE)
 	$(BIN)/ruff check --fix $(SOURCE)
@@ -60,6 +74,13 @@ wheel-test: setup  ## build sdist and wheel; install the wheel alone in new envi
 
 sanitize: setup  ## the codec's tests on a C++ core built with AddressSanitizer and UBSan
 	BIN=$(abspath $(BIN)) tests/packaging/sanitize.sh
+
+fuzz: setup  ## every decoder of bytes under coverage-guided fuzzing, each for SECONDS=60; needs clang
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check 'atheris>=2.3'
+	$(BIN)/python -m tests.fuzz.run --seconds $(SECONDS)
+
+fuzz-seeds: setup  ## rewrite what fuzzing starts from: after a change of a format
+	$(BIN)/python -m tests.fuzz.write_seeds
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

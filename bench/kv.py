@@ -46,7 +46,7 @@ def prefill(tokens: int) -> npt.NDArray[np.uint16]:
     """The KV of the texts' first `tokens` tokens. Raises ModuleNotFoundError, FileNotFoundError (the weights)."""
     import torch
 
-    from kvstore_client.integrations.transformers import kv_from_cache, layout_for
+    from kvstore_client.integrations.transformers import kv_from_cache, layout_for, returned_cache
 
     model, tokenizer = smollm2.load(REPOSITORY / ".cache/models")
     assert model.config.rope_parameters == {"rope_theta": ROPE_THETA, "rope_type": "default"}
@@ -55,7 +55,7 @@ def prefill(tokens: int) -> npt.NDArray[np.uint16]:
     if len(ids) < tokens:
         raise SystemExit(f"bench: the texts have {len(ids)} tokens: ask for no more with --tokens")
     with torch.inference_mode():
-        cache = model.model(torch.tensor([ids]), use_cache=True).past_key_values
+        cache = returned_cache(model.model(torch.tensor([ids]), use_cache=True))
     pairs = kv_from_cache(cache, layout_for(model, revision="bench"))
     kv = torch.stack([torch.stack(pair) for pair in pairs])
     assert kv.dtype == torch.bfloat16

@@ -29,7 +29,8 @@ from bench.kv import KV_PATH, ROPE_THETA, real_kv
 from bench.routes import Objects, Route
 from bench.server_process import channel_to, server_process
 from kvstore.cli import bench_codec, render
-from kvstore.cli.bench_codec import Bits, three_digits
+from kvstore.cli.bench_rounds import Bits
+from kvstore.cli.bench_tables import three_digits
 from kvstore_client import Client
 
 KVSTORE = Path(sys.executable).with_name("kvstore")

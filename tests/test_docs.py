@@ -24,7 +24,15 @@ def code_blocks(path: Path, language: str) -> list[str]:
     ("document", "expected"),
     [
         ("README.md", ["96", "(4, 2, 96, 2, 64)", "(4, 2, 96, 2, 64)"]),
-        ("docs/api.md", ["first turn: 96 tokens, 6 chunks stored", "second turn: 2 chunks stored", "exact: True"]),
+        (
+            "docs/api.md",
+            [
+                "first turn: 96 tokens, 6 chunks stored",
+                "second turn: 2 chunks stored",
+                "exact: True",
+                "read with the profile of the store: 1024 tokens",
+            ],
+        ),
     ],
 )
 def test_the_examples_run_against_a_real_node(tmp_path: Path, document: str, expected: list[str]) -> None:

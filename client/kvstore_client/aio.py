@@ -13,7 +13,7 @@ from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.results import NodeStat, TierStat
 from kvstore_client.session import Session
 from kvstore_client.target import parse_target
-from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVLayout
+from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVLayout, Profile
 from kvstore_proto.v1 import store_pb2 as pb
 
 if TYPE_CHECKING:
@@ -40,11 +40,22 @@ class AsyncClient:
         )  # fmt: skip
 
     def namespace(
-        self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False
-    ) -> AsyncNamespace:
+        self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False,
+        profile: Profile | None = None, learn_statistics: bool = False,
+    ) -> AsyncNamespace:  # fmt: skip
         """The KV of `layout`. `part`: which of its parts this caller holds. `extras`: LoRA, salt, multimodal content.
-        `tail`: partial last chunks are stored and looked up as well."""
-        return AsyncNamespace(self._session, layout, part=part, extras=extras, tail=tail)
+        `tail`: partial last chunks are stored and looked up as well.
+
+        `profile`: what lossy puts are coded with (`kvstore calibrate` makes one, `Profile.load` reads it). It is stored
+        beside the objects, so a reader needs none. `learn_statistics`: without a profile, this namespace learns a
+        statistics profile from the first 1,024 tokens that it puts at a lossy quality, and codes later ones with it;
+        keep the namespace rather than make one for each call. Raises InvalidArgument where the profile does not fit
+        the layout.
+        """
+        return AsyncNamespace(
+            self._session, layout, part=part, extras=extras, tail=tail, profile=profile,
+            learn_statistics=learn_statistics,
+        )  # fmt: skip
 
     async def stat(self, *, deadline: float | None = None) -> NodeStat:
         """The account of the first seed that answers. Raises the typed error where none does, strict or not."""

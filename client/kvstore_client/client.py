@@ -21,7 +21,7 @@ from kvstore_client.aio import DEADLINE_S, AsyncClient
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
-from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Quality
+from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Profile, Quality
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,10 +42,15 @@ class Client:
         )
 
     def namespace(
-        self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False
-    ) -> Namespace:
+        self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False,
+        profile: Profile | None = None, learn_statistics: bool = False,
+    ) -> Namespace:  # fmt: skip
         """See AsyncClient.namespace."""
-        return Namespace(self._async.namespace(layout, part=part, extras=extras, tail=tail))
+        return Namespace(
+            self._async.namespace(
+                layout, part=part, extras=extras, tail=tail, profile=profile, learn_statistics=learn_statistics
+            )
+        )  # fmt: skip
 
     def stat(self, *, deadline: float | None = None) -> NodeStat:
         """See AsyncClient.stat."""
@@ -102,6 +107,14 @@ class Namespace:
     def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
         """Removes a prompt's chunks, or the whole namespace."""
         return _run(self._async.delete(token_ids, deadline=deadline))
+
+    def store_profile(self, profile: Profile, *, durable: bool = False, deadline: float | None = None) -> PutResult:
+        """Stores a profile under its id."""
+        return _run(self._async.store_profile(profile, durable=durable, deadline=deadline))
+
+    def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
+        """The profile with this id; None on a miss."""
+        return _run(self._async.load_profile(profile_id, deadline=deadline))
 
 
 def _loop() -> asyncio.AbstractEventLoop:

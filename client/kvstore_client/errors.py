@@ -13,7 +13,9 @@
     └── BadObject            the node sent an object that cannot be used
         ├── ObjectDamaged      checksum, length or structure is wrong
         ├── ObjectForeign      intact, but of another namespace, chunk, part or position
-        └── ObjectUnsupported  written by a later version
+        ├── ObjectUnsupported  written by a later version
+        ├── ProfileMissing     coded with a profile that no node has
+        └── ProfileDamaged     coded with a profile that is stored damaged, is another one, or does not fit
 
 A client that is not strict reports all but the first two as misses (or rejections), counted under `code`.
 Mistakes in arrays, layouts and qualities are kvstore_codec's LayoutError and ValuesError, ValueErrors like
@@ -44,6 +46,8 @@ class ErrorCode(str, Enum):
     DAMAGED = "damaged"
     FOREIGN = "foreign"
     UNSUPPORTED = "unsupported"
+    PROFILE_MISSING = "profile_missing"
+    PROFILE_DAMAGED = "profile_damaged"
 
 
 class KvClientError(Exception):
@@ -97,7 +101,7 @@ class ProtocolViolation(KvClientError):
 
 
 class BadObject(KvClientError):
-    """Common base of the three; never raised itself."""
+    """Common base of what is wrong with an object; never raised itself."""
 
     code = ErrorCode.DAMAGED
 
@@ -112,6 +116,14 @@ class ObjectForeign(BadObject):
 
 class ObjectUnsupported(BadObject):
     code = ErrorCode.UNSUPPORTED
+
+
+class ProfileMissing(BadObject):
+    code = ErrorCode.PROFILE_MISSING
+
+
+class ProfileDamaged(BadObject):
+    code = ErrorCode.PROFILE_DAMAGED
 
 
 #: What each gRPC status of a failed call means to a caller.
@@ -152,11 +164,15 @@ def one_line(text: str) -> str:
 
 def from_codec(error: codec.ObjectError, node: str) -> BadObject:
     """The error of an object that the codec does not take."""
-    kind = {codec.ForeignObject: ObjectForeign, codec.UnsupportedObject: ObjectUnsupported}.get(
-        type(error), ObjectDamaged
-    )
+    kind = _KINDS.get(type(error), ObjectDamaged)
     return kind(f"the node sent a bad object: {error}", node=node)
 
+
+_KINDS: dict[type[codec.ObjectError], type[BadObject]] = {
+    codec.ForeignObject: ObjectForeign,
+    codec.UnsupportedObject: ObjectUnsupported,
+    codec.ProfileMissing: ProfileMissing,
+}
 
 _MESSAGES: dict[type[KvClientError], str] = {
     Unavailable: "the node cannot be reached",

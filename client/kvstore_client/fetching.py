@@ -8,7 +8,7 @@ count. The first object that does not pass ends the prefix.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -25,11 +25,13 @@ from kvstore_client.errors import (
     from_codec,
 )  # fmt: skip
 from kvstore_client.results import ChunkHit
-from kvstore_codec import KVArray, KVLayout, Quality
+from kvstore_codec import CodecId, KVArray, KVLayout, Profile, Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, HASHES_MAX, Framed
 
 DECODES_MAX = 4  # objects received and not yet decoded
+#: The profile with an id, or the KvClientError that says why it cannot be had.
+ProfileSource = Callable[[bytes], Awaitable[Profile]]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ class Fetched:
 
 async def fetch(
     node: Node, wanted: Wanted, lease_ids: Sequence[bytes], into: KVArray, executor: Executor, deadline: Deadline,
-    count_received: Callable[[int], None],
+    count_received: Callable[[int], None], profile_of: ProfileSource | None = None,
 ) -> Fetched:  # fmt: skip
     """Fetches and decodes `wanted.chunks` into `into`, which starts with the first of them. Never raises for what a
-    node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more."""
+    node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more.
+
+    `profile_of`: asked for the profile of an object that names one; without it no such object can be read."""
     fetched = Fetched()
     decodes: list[Future[None]] = []
     running: list[Future[None]] = []
@@ -67,7 +71,9 @@ async def fetch(
                 chunk = wanted.chunks[len(decodes)]
                 first = chunk.first_token - wanted.chunks[0].first_token
                 place = codec.token_slice(into, first, first + chunk.tokens)
-                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place, coder))
+                named = _profile_named(wanted, chunk, blob)
+                profile = await profile_of(named) if named is not None and profile_of is not None else None
+                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place, coder, profile))
                 running.append(decodes[-1])
                 await _wait_for_turn(running, deadline)
         await _wait(decodes, deadline.remaining())
@@ -163,8 +169,9 @@ def _check_piece(
 
 
 def _decode(
-    node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place: KVArray, coder: DeadlineCoder
-) -> None:
+    node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place: KVArray, coder: DeadlineCoder,
+    profile: Profile | None,
+) -> None:  # fmt: skip
     """Raises BadObject, DeadlineExceeded."""
     coder.check()
     try:
@@ -174,9 +181,21 @@ def _decode(
             raise ObjectForeign("the object is of other tokens", node=node.address, first=header.first_position)
         if effective > wanted.min_quality:
             raise ObjectForeign("the object is of less quality than was declared", node=node.address, found=effective)
-        codec.decode(blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part, coder=coder)
+        codec.decode(
+            blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part, profile=profile, coder=coder
+        )  # fmt: skip
     except codec.ObjectError as error:
         raise from_codec(error, node.address) from error
+
+
+def _profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes | None:
+    """Id of the profile that an object is coded with. What else is wrong with its header, decoding says."""
+    try:
+        header = codec.parse_header(blob)
+        codec.check_header(header, wanted.layout, chunk_hash=chunk.hash, part=wanted.part)
+    except codec.ObjectError:
+        return None
+    return header.profile_id if header.codec is CodecId.PROFILE else None
 
 
 async def _wait_for_turn(running: list[Future[None]], deadline: Deadline) -> None:

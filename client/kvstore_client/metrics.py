@@ -45,6 +45,10 @@ class ClientMetrics:
             "kvstore_client_stream_bytes", "Bytes of objects received (in) and sent (out).",
             ("direction",), registry=registry,
         )  # fmt: skip
+        self.profiles = Counter(
+            "kvstore_client_profiles", "Profiles loaded from a node, stored on one, or learned.",
+            ("event",), registry=registry,
+        )  # fmt: skip
         self.bytes_received, self.bytes_sent = moved.labels("in"), moved.labels("out")
         self.seconds = Histogram(
             "kvstore_client_call_seconds", "Duration of calls, coding included.", ("call",),

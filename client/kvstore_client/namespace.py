@@ -10,15 +10,16 @@ import numpy.typing as npt
 import kvstore_codec as codec
 from kvstore_client.connection import Node, failures, timeout_s, understood
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import ErrorCode, InvalidArgument, KvClientError
+from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
 from kvstore_client.fetching import Wanted, fetch
 from kvstore_client.lookups import lookup
 from kvstore_client.metrics import ABSENT, QUALITY
-from kvstore_client.putting import Chunk, Source, Stored, batches, put
+from kvstore_client.namespace_profiles import NamespaceProfiles
+from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
 from kvstore_client.session import Session
-from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Quality
-from kvstore_codec.arrays import planes
+from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
+from kvstore_codec.arrays import PagedKV, PagedPlane, planes
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import HASHES_MAX
 
@@ -27,17 +28,24 @@ LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
 LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
+_LOST_MAX = 1 << 16
 
 
 class AsyncNamespace:
     """KV of one layout (and part of it), under one set of extras. Made by `AsyncClient.namespace`."""
 
-    def __init__(self, session: Session, layout: KVLayout, *, part: int, extras: Extras | None, tail: bool) -> None:
+    def __init__(
+        self, session: Session, layout: KVLayout, *, part: int, extras: Extras | None, tail: bool,
+        profile: Profile | None = None, learn_statistics: bool = False,
+    ) -> None:  # fmt: skip
         if not 0 <= part < layout.partition.parts:
             raise InvalidArgument("the layout has no such part", part=part, parts=layout.partition.parts)
         self.layout, self.part = layout, part
         self._part_layout = layout.part_layout(part)
         self._session, self._extras, self._tail = session, extras, tail
+        self._profiles = NamespaceProfiles(session, layout, profile, learn_statistics)
+        # Hashes of chunks that a get found coded with a profile that is gone: a put replaces them.
+        self._lost: set[bytes] = set()
 
     async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
@@ -107,7 +115,7 @@ class AsyncNamespace:
         refs = self._refs_from(token_ids, source)
         with self._session.timed("put"):
             before, stored = await self._put(source, refs, limit)
-        return self._put_result(before, stored)
+        return result_of(before, stored)
 
     async def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
         """Removes a prompt's chunks from every seed, other prompts' that share them included; without `token_ids`
@@ -127,6 +135,28 @@ class AsyncNamespace:
                     self._session.forgive("delete", error)
                     total = replace(total, reasons=(*total.reasons, f"{seed}: {error}"))
         return total
+
+    async def store_profile(
+        self, profile: Profile, *, durable: bool = False, deadline: float | None = None
+    ) -> PutResult:  # fmt: skip
+        """Stores a profile of this layout under its id, where `load_profile` and every get find it. A put with a
+        profile has stored it already; this is for giving out one without KV.
+
+        The result counts its chunks (of 128 KiB); its `tokens` is 0. A transfer that the deadline cuts off goes on.
+        Raises InvalidArgument (the profile does not fit the layout, or is too large).
+        """
+        limit = self._session.begin(deadline)
+        with self._session.timed("store_profile"):
+            return await self._profiles.store(profile, durable=durable, deadline=limit)
+
+    async def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
+        """The profile of this layout with this id, None on a miss. The client holds it from then on, so that gets need
+        not load it: worth doing where it is too large for a get's deadline. A transfer that the deadline cuts off goes
+        on. Raises InvalidArgument for what is no id.
+        """
+        limit = self._session.begin(deadline)
+        with self._session.timed("load_profile"):
+            return await self._profiles.load(profile_id, limit)
 
     async def _delete(self, seed: str, hashes: Sequence[bytes], limit: Deadline) -> AsyncIterator[tuple[int, int]]:
         """(objects, bytes) removed from one seed, a call at a time. Raises the typed error of a failed call."""
@@ -196,8 +226,11 @@ class AsyncNamespace:
         fetched = await fetch(
             node, Wanted(self.layout, self.part, chunks, wanted, floor), lease_ids, into, self._session.executor, limit,
             self._session.metrics.bytes_received.inc,
+            lambda profile_id: self._profiles.of_object(node, profile_id, limit),
         )  # fmt: skip
         if fetched.error is not None:
+            if isinstance(fetched.error, ProfileMissing):
+                self._lose(chunks[fetched.chunks :])
             reason = fetched.error.code.value
             self._session.metrics.failures.labels("get", reason).inc()
             self._session.forgive("get", fetched.error)
@@ -213,6 +246,7 @@ class AsyncNamespace:
         refs = [ref for ref in prompt if ref.first_token >= source.first_token]
         if not refs:
             return 0, []
+        mine = {ref.hash for ref in refs}
         answered: dict[bytes, Stored] = {}
         reason, before = "", None
         try:
@@ -221,7 +255,12 @@ class AsyncNamespace:
                 lambda node, timeout_s: lookup(node, self.layout, self.part, prompt, lease_ms=0, timeout_s=timeout_s),
             )  # fmt: skip
             before = source.first_token if hit.tokens >= source.first_token else None
-            held = {chunk.hash: chunk.stored_bytes for chunk in hit.chunks if chunk.quality <= source.quality}
+            on_disk = True
+            if not source.quality.exact:
+                profile, on_disk = await self._profiles.for_put(node, durable=source.durable, deadline=limit)
+                source = replace(source, profile=profile)
+            found = await self._without_lost(node, [chunk for chunk in hit.chunks if chunk.hash in mine], limit)
+            held = {chunk.hash: chunk.stored_bytes for chunk in found if chunk.quality <= source.quality}
             chunks = [Chunk(ref, held.get(ref.hash, 0)) for ref in refs]
             if not source.durable:  # what is held is settled; a durable put asks the node whether it is on disk
                 answered = {c.ref.hash: Stored(c.ref, "have", "", False, c.held_bytes) for c in chunks if c.held_bytes}
@@ -230,36 +269,36 @@ class AsyncNamespace:
                 done = await put(
                     node, source, batch, self._session.executor, limit, self._session.metrics.bytes_sent.inc
                 )
-                answered |= {stored.ref.hash: stored for stored in done}
+                answered |= {each.ref.hash: replace(each, durable=each.durable and on_disk) for each in done}
+            if not source.quality.exact:
+                await self._profiles.learn_from([_of(source, chunk.ref) for chunk in unsettled if not chunk.held_bytes])
         except KvClientError as error:
+            self._session.profiles.doubt()
             self._session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
             self._session.forgive("put", error)
             reason = str(error)
-        self._count_rejected([stored for stored in answered.values() if stored.outcome == "rejected"])
+        self._session.count_rejected("put", list(answered.values()))
         return before, [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
 
-    def _put_result(self, before: int | None, stored: Sequence[Stored]) -> PutResult:
-        outcomes = [each.outcome for each in stored]
-        kept = next((index for index, outcome in enumerate(outcomes) if outcome == "rejected"), len(outcomes))
-        return PutResult(
-            stored=outcomes.count("stored"),
-            have=outcomes.count("have"),
-            rejected=outcomes.count("rejected"),
-            tokens=0 if before is None else before + sum(each.ref.tokens for each in stored[:kept]),
-            bytes=sum(each.object_bytes for each in stored if each.outcome == "stored"),
-            durable=bool(stored) and all(each.durable for each in stored),
-            reasons=tuple(dict.fromkeys(each.reason for each in stored if each.outcome == "rejected")),
-        )
+    async def _without_lost(self, node: Node, held: Sequence[ChunkHit], limit: Deadline) -> Sequence[ChunkHit]:
+        """`held` without the chunks whose profile was found to be gone. The node lets go of them: it would keep what
+        nobody can read, and refuse to take what can be read, for as long as it is looked up."""
+        lost = [chunk.hash for chunk in held if chunk.hash in self._lost]
+        if lost:
+            async for _ in self._delete(node.address, lost, limit):
+                pass
+            self._lost.difference_update(lost)
+        return [chunk for chunk in held if chunk.hash not in lost]
+
+    def _lose(self, chunks: Sequence[ChunkHit]) -> None:
+        """Remembers chunks from the first on that has lost its profile; the others are of no use without it."""
+        if len(self._lost) + len(chunks) > _LOST_MAX:
+            self._lost.clear()
+        self._lost.update(chunk.hash for chunk in chunks)
 
     def _placement_key(self, refs: Sequence[ChunkRef]) -> bytes:
         """Prompts that share their first chunk live together, so that a prefix is on one node."""
         return self.layout.namespace_id + refs[0].hash
-
-    def _count_rejected(self, stored: Sequence[Stored]) -> None:
-        """What a node turned down: no error, but known."""
-        if stored:
-            self._session.metrics.rejections.labels(ErrorCode.REFUSED.value).inc(len(stored))
-            self._session.warn("put", ErrorCode.REFUSED, stored[0].reason)
 
     def _count_miss(self, reason: str | None) -> None:
         if reason is not None:
@@ -272,12 +311,18 @@ def _good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHi
     return chunks[:bad]
 
 
+def _of(source: Source, ref: ChunkRef) -> tuple[KVArray, int]:
+    """(kv, first position) of one of the source's chunks."""
+    first = ref.first_token - source.first_token
+    return codec.token_slice(source.kv, first, first + ref.tokens), ref.first_token
+
+
 def _sliceable(kv: KVArray, layout: KVLayout) -> KVArray:
     """`kv`; or (k, v) views of its memory where it has no way to take some of its tokens, as bare DLPack has not."""
     arrays = [array for pair in kv for array in pair] if isinstance(kv, list | tuple) else [kv]
-    if all(hasattr(array, "__getitem__") for array in arrays):
+    if isinstance(kv, PagedKV) or all(hasattr(array, "__getitem__") for array in arrays):
         return kv
     like = codec.empty(layout, 0)
     dtype = like[0][0].dtype if isinstance(like, list) else like.dtype
-    views = [plane.view(dtype) for plane in planes(kv, layout)]
+    views = [plane.view(dtype) for plane in planes(kv, layout) if not isinstance(plane, PagedPlane)]
     return list(zip(views[::2], views[1::2], strict=True))

@@ -13,7 +13,8 @@ from kvstore_client.connection import Node, timeout_s
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ProtocolViolation, one_line
 from kvstore_client.put_stream import PutStream, put_stream
-from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
+from kvstore_client.results import PutResult
+from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, OFFERED_OBJECTS_MAX, Framed
 
@@ -34,6 +35,7 @@ class Source:
     quality: Quality
     provenance: Quality
     durable: bool
+    profile: Profile | None = None  # of lossy qualities
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ async def _encode(
         return codec.encode(
             codec.token_slice(source.kv, first, first + ref.tokens), source.layout, quality=source.quality,
             first_position=ref.first_token, chunk_hash=ref.hash, part=source.part, provenance=source.provenance,
-            coder=coder,
+            profile=source.profile, coder=coder,
         )  # fmt: skip
 
     loop = asyncio.get_running_loop()
@@ -113,6 +115,21 @@ async def _encode(
             raise outcome
     blobs = iter([outcome for outcome in encoded if isinstance(outcome, bytes)])
     return [next(blobs) if future is not None else None for future in running]
+
+
+def result_of(before: int | None, stored: Sequence[Stored]) -> PutResult:
+    """`before`: tokens that the node holds before the first of `stored`; None where it lacks some."""
+    outcomes = [each.outcome for each in stored]
+    kept = next((index for index, outcome in enumerate(outcomes) if outcome == "rejected"), len(outcomes))
+    return PutResult(
+        stored=outcomes.count("stored"),
+        have=outcomes.count("have"),
+        rejected=outcomes.count("rejected"),
+        tokens=0 if before is None else before + sum(each.ref.tokens for each in stored[:kept]),
+        bytes=sum(each.object_bytes for each in stored if each.outcome == "stored"),
+        durable=bool(stored) and all(each.durable for each in stored),
+        reasons=tuple(dict.fromkeys(each.reason for each in stored if each.outcome == "rejected")),
+    )
 
 
 def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None]) -> pb.PutOffer:

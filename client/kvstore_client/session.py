@@ -15,10 +15,14 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
+import kvstore_codec as codec
 from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.errors import ClientClosed, ErrorCode, KvClientError
 from kvstore_client.metrics import OncePerReason, client_metrics
+from kvstore_client.profile_shelf import ProfileShelf
+from kvstore_client.profile_transfer import ProfileTransfer
+from kvstore_client.putting import Stored
 
 THREADS_MAX = 4  # of the codec, by default
 
@@ -33,6 +37,9 @@ class Session:
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
         self.connections = Connections(seeds)
+        self.profiles = ProfileShelf(
+            lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
+        )  # fmt: skip
         self._deadline_s = checked_seconds(deadline_s)
         self._log = OncePerReason()
         self._threads = threads or min(THREADS_MAX, os.cpu_count() or 1)
@@ -74,7 +81,14 @@ class Session:
             raise error
         self.warn(call, error.code, str(error))
 
-    def warn(self, call: str, code: ErrorCode, details: str) -> None:
+    def count_rejected(self, call: str, stored: Sequence[Stored]) -> None:
+        """What a node turned down: no error, but known."""
+        rejected = [each for each in stored if each.outcome == "rejected"]
+        if rejected:
+            self.metrics.rejections.labels(ErrorCode.REFUSED.value).inc(len(rejected))
+            self.warn(call, ErrorCode.REFUSED, rejected[0].reason)
+
+    def warn(self, call: str, code: ErrorCode | codec.ErrorCode, details: str) -> None:
         """Logs the first event of its kind."""
         self._log.warn(call, code.value, details)
 
@@ -89,5 +103,6 @@ class Session:
     async def aclose(self) -> None:
         """Idempotent."""
         self._closed = True
+        await self.profiles.aclose()
         await self.connections.aclose()
         self._executor = None  # its threads end with the last call that uses it

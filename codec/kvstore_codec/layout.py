@@ -15,7 +15,7 @@ import hashlib
 import json
 import math
 import operator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from functools import cached_property
 from typing import Any
@@ -261,6 +261,11 @@ class KVLayout:
     def namespace_id(self) -> bytes:
         """BLAKE2b-256 of the canonical bytes (32 bytes)."""
         return namespace_id_of(self.canonical_bytes)
+
+    @cached_property
+    def model_id(self) -> bytes:
+        """The namespace id with 16-token chunks and no partition (32 bytes): what profiles belong to."""
+        return replace(self, chunk_tokens=CHUNK_TOKENS_MIN, partition=Partition()).namespace_id
 
 
 def namespace_id_of(canonical_bytes: bytes) -> bytes:

@@ -21,7 +21,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -33,14 +33,12 @@ import numpy.typing as npt
 from kvstore_codec import profile_bytes, tables
 from kvstore_codec.container import KV, Buffer
 from kvstore_codec.errors import ErrorCode, ProfileError
-from kvstore_codec.layout import LAYERS_MAX, KVLayout, Partition
+from kvstore_codec.layout import LAYERS_MAX, KVLayout
 from kvstore_codec.segments import SegmentGroup
 
 MODEL_ID_BYTES = 32
 #: largest stored scale id (six bits, as in objects)
 SCALE_ID_MAX = 63
-#: the chunk size that stands in for every other in a model id
-_MODEL_ID_CHUNK_TOKENS = 16
 #: what keeps every number that coding forms finite (native/lossy.hpp)
 _WEIGHT_MIN, _WEIGHT_MAX, _MEAN_MAX = 2.0**-40, 2.0**40, 2.0**60
 
@@ -212,8 +210,8 @@ class Profile:
 
 
 def model_id_of(layout: KVLayout) -> bytes:
-    """The namespace id of `layout` with 16-token chunks and no partition: profiles depend on neither (32 bytes)."""
-    return replace(layout, chunk_tokens=_MODEL_ID_CHUNK_TOKENS, partition=Partition()).namespace_id
+    """What a profile of `layout`'s model belongs to, whatever the chunk size and partition (32 bytes)."""
+    return layout.model_id
 
 
 def plane_channels(layout: KVLayout, plane_index: int) -> int:

@@ -49,7 +49,7 @@ def learn_statistics(kv_chunks: Sequence[tuple[KVArray, int]], layout: KVLayout,
     """A statistics profile of `layout`'s model from chunks [(kv, first_position), …].
 
     `kv`: any number of tokens in the forms that `encode` takes, keys after RoPE, all parts together; the first token
-    is at `first_position`. Sinks (positions under 4) and drain tokens (K norm under 0.6 or V norm under 0.5 of the
+    is at `first_position`. Sinks (positions under 4) and drain tokens (K norm under 0.5 or V norm under 0.25 of the
     layer's median) do not count. weight = 1/(step · factor · rms of the plane's mean-removed values), so that the
     base step is 1; `step` 2 makes every quality twice as coarse. The result depends on the values and their order
     alone: sums are float64 in a fixed order.

@@ -35,11 +35,19 @@ def rotation_for(layer: LayerSpec, first_position: int, tokens: int) -> Rotation
     return _rotation(layer.rope, layer.rope.rotary_dims or layer.k_dim, first_position, tokens)
 
 
-@lru_cache(maxsize=64)
+#: tables are made so many tokens at a time: float64 intermediates are eight times their size
+_BLOCK_TOKENS = 64
+
+
+@lru_cache(maxsize=128)
 def _rotation(rope: RoPE, rotary_dims: int, first_position: int, tokens: int) -> Rotation:
-    positions = np.arange(first_position, first_position + tokens, dtype=np.float64)
-    sin, cos = _sin_cos(positions[:, None] * _frequencies(rope, rotary_dims)[None, :])
-    return Rotation(cos.astype(np.float32), sin.astype(np.float32), rope.interleaved)
+    frequencies = _frequencies(rope, rotary_dims)
+    cos, sin = np.empty((2, tokens, len(frequencies)), np.float32)
+    for first in range(0, tokens, _BLOCK_TOKENS):
+        positions = np.arange(first, min(first + _BLOCK_TOKENS, tokens), dtype=np.float64) + first_position
+        some = slice(first, first + len(positions))
+        sin[some], cos[some] = _sin_cos(positions[:, None] * frequencies[None, :])
+    return Rotation(cos, sin, rope.interleaved)
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,6 @@
 // AVX-512 (F, BW, DQ, VL). READ ME FIRST: kernels.hpp.
 //
-//  * Only integers are reordered, or quotients of integers that a double holds well enough to be exact.
+//  * Only integers are reordered; a quotient that floats estimate is made exact before it is used.
 //  * Reads past a step: at most 128 bytes of the stream, which the loops check for before each step; 32 words of room
 //    in an encoder, which reserve_step makes.
 #include "kernels.hpp"
@@ -245,30 +245,26 @@ KVSTORE_TARGET inline void push(StreamEncoder& stream, __mmask16 lanes, __m512i 
     stream.added(static_cast<std::size_t>(_mm_popcnt_u32(lanes)));
 }
 
-// 1 / f in double for 8 lanes, to about 2^-50: two Newton steps on a 14-bit estimate.
-KVSTORE_TARGET inline __m512d reciprocal(__m256i f) {
-    const __m512d d = _mm512_cvtepu32_pd(f), two = _mm512_set1_pd(2.0);
-    __m512d r = _mm512_rcp14_pd(d);
-    r = _mm512_mul_pd(r, _mm512_fnmadd_pd(d, r, two));
-    return _mm512_mul_pd(r, _mm512_fnmadd_pd(d, r, two));
+// 1 / f to about 2^-22: a Newton step on a 14-bit estimate.
+KVSTORE_TARGET inline __m512 reciprocal(__m512i frequency) {
+    const __m512 f = _mm512_cvtepi32_ps(frequency), r = _mm512_rcp14_ps(f);
+    return _mm512_mul_ps(r, _mm512_fnmadd_ps(f, r, _mm512_set1_ps(2.0f)));
 }
 
-// ⌊x / f⌋ for x < 2^20 · f: (x + ½) / f is at least ½ / f ≥ 2^-13 from any integer, far more than 2^20 · 2^-50.
-KVSTORE_TARGET inline __m256i divide(__m256i x, __m512d inverse) {
-    return _mm512_cvttpd_epu32(_mm512_mul_pd(_mm512_add_pd(_mm512_cvtepu32_pd(x), _mm512_set1_pd(0.5)), inverse));
-}
-
-// StreamEncoder::put of 16 lanes.
+// StreamEncoder::put of 16 lanes. The quotient q = ⌊x / f⌋ < 2^20 comes from single precision, whose error is under
+// 2^20 · 2^-21, so it is right or one off; the remainder tells which. (q << 12) + (x − q·f) + start = x + q·(4096 − f) + start.
 KVSTORE_TARGET inline __m512i put(StreamEncoder& stream, __m512i state, __mmask16 active, __m512i frequency, __m512i start) {
-    const __m512d low = reciprocal(_mm512_castsi512_si256(frequency)), high = reciprocal(_mm512_extracti64x4_epi64(frequency, 1));
+    const __m512 inverse = reciprocal(frequency);
+    const __m512i gap = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(kSlots)), frequency);
     const __mmask16 full = _mm512_mask_cmpge_epu32_mask(active, _mm512_srli_epi32(state, 20), frequency);
     push(stream, full, state);
     const __m512i x = _mm512_mask_srli_epi32(state, full, state, 16);
-    const __m512i quotient = _mm512_inserti64x4(_mm512_castsi256_si512(divide(_mm512_castsi512_si256(x), low)),
-                                                divide(_mm512_extracti64x4_epi64(x, 1), high), 1);
-    // (q << 12) + (x − q·f) + start
-    const __m512i gap = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(kSlots)), frequency);
-    return _mm512_mask_add_epi32(state, active, _mm512_add_epi32(x, _mm512_mullo_epi32(quotient, gap)), start);
+    const __m512i quotient = _mm512_cvttps_epi32(_mm512_mul_ps(_mm512_cvtepu32_ps(x), inverse));
+    const __m512i rest = _mm512_sub_epi32(x, _mm512_mullo_epi32(quotient, frequency));
+    __m512i next = _mm512_add_epi32(_mm512_add_epi32(x, start), _mm512_mullo_epi32(quotient, gap));
+    next = _mm512_mask_sub_epi32(next, _mm512_movepi32_mask(rest), next, gap);
+    next = _mm512_mask_add_epi32(next, _mm512_cmpge_epi32_mask(rest, frequency), next, gap);
+    return _mm512_mask_mov_epi32(state, active, next);
 }
 
 // What an encoding loop keeps of one stream in registers.

@@ -5,7 +5,7 @@
 namespace kvstore {
 namespace {
 
-constexpr double kDrainKNorm = 0.6, kDrainVNorm = 0.5;  // of the layer's median norm
+constexpr double kDrainKNorm = 0.5, kDrainVNorm = 0.25;  // of the layer's median norm
 constexpr std::size_t kDrainTokensDivisor = 2;  // more drain tokens than one in so many are none
 
 }  // namespace

@@ -129,6 +129,98 @@ def demo(
     raise typer.Exit(run_demo(cache or Path("~/.cache/kvstore/models").expanduser(), out, json))
 
 
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a Hugging Face causal LM, or a .gguf file.")],
+    text: Annotated[list[Path], typer.Option("--text", help="Text file, or a folder of them; may be repeated.")],
+    out: Annotated[Path, typer.Option("--out", help="Where the profile goes, such as profile.kvp.")],
+    layers_per_group: Annotated[
+        int, typer.Option("--layers-per-group", min=1, help="Consecutive layers that share a transform.")
+    ] = 1,
+    split_kv: Annotated[bool, typer.Option("--split-kv", help="Transform K and V apart (default: jointly).")] = False,
+    no_gradients: Annotated[
+        bool, typer.Option("--no-gradients", help="Weigh by forward passes with noise, one weight a layer's K or V.")
+    ] = False,
+    kind: Annotated[str, typer.Option("--kind", help="transform, diagonal or statistics.")] = "transform",
+    target_kl: Annotated[float, typer.Option("--target-kl", help="Nats a token that quality medium may cost.")] = 1e-3,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of KV to learn from.")] = 28_000,
+    passes: Annotated[
+        int, typer.Option("--passes", min=1, help="Windows with a backward pass (with --no-gradients: 8 a window).")
+    ] = 24,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of windows and sampled labels.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the model.")] = 1,
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder to go on from after an interruption (default: OUT.work).")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="In which the model is served: bfloat16, float16, float32; auto: its own.")
+    ] = "auto",
+    model_id: Annotated[
+        str | None, typer.Option("--model-id", help="The layout's model, if not the folder's name.")
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="The layout's revision, if not the digest of the weights.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make a codec profile of a model: smaller caches at equal loss. Goes on where it was interrupted."""
+    from kvstore.calibrate.options import Options
+    from kvstore.cli import calibrate as command
+
+    options = Options(
+        model=model, texts=tuple(text), out=out, layers_per_group=layers_per_group, split_kv=split_kv,
+        gradients=not no_gradients, kind=command.kind_of(kind), target_kl=target_kl, tokens=tokens, passes=passes,
+        seed=seed, threads=threads, work=work, dtype=command.dtype_of(dtype), model_id=model_id, revision=revision,
+    )  # fmt: skip
+    command.calibrate(options, json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Option("--model", help="Folder of a Hugging Face model, or a .gguf file.")],
+    text: Annotated[list[Path], typer.Option("--text", help="A text, or a folder of .txt files; may be repeated.")],
+    quality: Annotated[
+        list[str] | None, typer.Option("--quality", help="May be repeated (default: all but raw).")
+    ] = None,
+    profile: Annotated[
+        list[Path] | None, typer.Option("--profile", help="A calibrated profile; may be repeated.")
+    ] = None,
+    step: Annotated[list[float] | None, typer.Option("--step", help="Scales the base step; may be repeated.")] = None,
+    chunk_tokens: Annotated[
+        list[int] | None, typer.Option("--chunk-tokens", help="Tokens an object; may be repeated (default: 256).")
+    ] = None,
+    baselines: Annotated[bool, typer.Option(help="Other codecs beside ours.")] = True,
+    documents: Annotated[int, typer.Option("--documents", min=1, help="Documents cut from the texts.")] = 8,
+    prefix_tokens: Annotated[int, typer.Option("--prefix-tokens", min=16, help="Tokens that are stored.")] = 1536,
+    tail: Annotated[int, typer.Option("--tail", min=0, help="Last tokens that the reader recomputes.")] = 64,
+    turns: Annotated[int, typer.Option("--turns", min=0, help="Turns of the generation test; 0: without it.")] = 6,
+    tasks: Annotated[bool, typer.Option(help="Retrieval questions.")] = True,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Of the cache: auto (as the weights are kept), bfloat16, float16, float32.")
+    ] = "auto",
+    model_id: Annotated[str | None, typer.Option("--model-id", help="Of the layout, as `calibrate` was told.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of the layout, as `calibrate` was told.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the retrieval questions.")] = 0,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the model and the codec.")] = 1,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw loss against size (.png, .svg, .pdf).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write everything to this file, as JSON.")] = None,
+    json: Json = False,
+) -> None:
+    """Measure on your model what each quality costs in bits and in what the model says, beside other codecs."""
+    from kvstore.cli import evaluate as cli
+    from kvstore.evaluate.settings import QUALITIES, Settings
+
+    cli.evaluate(
+        Settings(
+            model=model, texts=tuple(text), qualities=tuple(quality or QUALITIES), profiles=tuple(profile or ()),
+            steps=tuple(step or (1.0,)), chunk_tokens=tuple(chunk_tokens or (256,)), baselines=baselines,
+            documents=documents, prefix_tokens=prefix_tokens, tail=tail, turns=turns, tasks=tasks, seed=seed,
+            threads=threads, dtype=dtype, model_id=model_id, revision=revision,
+        ),
+        plot, out, json,
+    )  # fmt: skip
+
+
 @admin_app.command()
 def stat(target: Target = TARGET, json: Json = False, deadline: Deadline = DEADLINE_S) -> None:
     """Show what a node holds and has done since it started."""
@@ -208,16 +300,28 @@ def codec(
     ] = None,
     chunk_tokens: Annotated[int, typer.Option("--chunk-tokens", min=16, max=2048, help="Tokens an object.")] = 256,
     quality: Annotated[list[str] | None, typer.Option("--quality", help="May be repeated (default: all).")] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of the codec.")] = 1,
+    threads: Annotated[
+        list[int] | None, typer.Option("--threads", min=1, help="Of the codec; may be repeated (default: 1 and 2).")
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Times that each is measured.")] = 7,
+    isa: Annotated[
+        str | None, typer.Option("--isa", help="scalar, avx2 or avx512 (default: the best there is).")
+    ] = None,
+    profile: Annotated[
+        Path | None, typer.Option("--profile", help="Of the KV's model: measure its qualities, and its transform, too.")
+    ] = None,
     rope_theta: Annotated[
         float, typer.Option("--rope-theta", min=0, help="The model's; 0: keys are coded as they are.")
     ] = 100_000.0,
     json: Json = False,
 ) -> None:
-    """Measure encode and decode against memcpy, zstd and lz4; exit code 1 if a round trip is wrong."""
+    """Measure encode and decode against memcpy, and zstd, lz4 and constriction on the same symbols; exit code 1 if a
+    round trip is wrong."""
     from kvstore.cli import bench_codec
 
-    qualities = tuple(quality or bench_codec.QUALITIES)
-    options = bench_codec.Options(chunk_tokens, qualities, threads, rounds, rope_theta or None)
+    options = bench_codec.Options(
+        chunk_tokens=chunk_tokens, qualities=tuple(quality or bench_codec.QUALITIES),
+        threads=tuple(threads or bench_codec.THREADS), rounds=rounds, rope_theta=rope_theta or None, isa=isa,
+        profile=profile,
+    )  # fmt: skip
     bench_codec.bench_codec(kv, options, json)

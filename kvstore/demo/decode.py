@@ -24,7 +24,7 @@ from kvstore.demo import prompt
 from kvstore.demo.model import load
 from kvstore.demo.worker import progress, serve
 from kvstore_client import Client, KvClientError
-from kvstore_client.integrations.transformers import cache_from_kv, layout_for
+from kvstore_client.integrations.transformers import cache_from_kv, layout_for, passed_cache, returned_cache
 
 GET_DEADLINE_S = 30.0
 DOWN_DEADLINE_S = 1.0
@@ -116,20 +116,21 @@ class Decoder:
 
     def _computed(self, tokens: int) -> Any:
         """The cache of the prompt's first `tokens` tokens, out of a prefill of all of it, as the prefill worker's."""
-        past = self._model(torch.tensor([self._tokens]), use_cache=True, logits_to_keep=1).past_key_values
+        past = returned_cache(self._model(torch.tensor([self._tokens]), use_cache=True, logits_to_keep=1))
         past.crop(tokens - len(self._tokens))
         return past
 
     def _first_logits(self, past: Any) -> Any:
         """Logits of the next token after the prompt; `past` grows by the rest of the prompt."""
         ids = torch.tensor([self._tokens[past.get_seq_length() :]])
-        return self._model(ids, past_key_values=past, logits_to_keep=1).logits[0, -1]
+        return self._model(ids, **passed_cache(self._model, past), logits_to_keep=1).logits[0, -1]
 
     def _greedy(self, past: Any) -> list[int]:
         past = copy.deepcopy(past)
         chosen = [int(self._first_logits(past).argmax())]
         while len(chosen) < prompt.CONTINUATION_TOKENS:
-            logits = self._model(torch.tensor([chosen[-1:]]), past_key_values=past, logits_to_keep=1).logits
+            ids = torch.tensor([chosen[-1:]])
+            logits = self._model(ids, **passed_cache(self._model, past), logits_to_keep=1).logits
             chosen.append(int(logits[0, -1].argmax()))
         return chosen
 
@@ -140,7 +141,7 @@ class Decoder:
             exact.update(layer.keys.float(), layer.values.float(), index)
         ids = self._tokens[exact.get_seq_length() :] + continuation[:-1]
         logits = self._model_float32(
-            torch.tensor([ids]), past_key_values=exact, logits_to_keep=prompt.CONTINUATION_TOKENS
+            torch.tensor([ids]), **passed_cache(self._model_float32, exact), logits_to_keep=prompt.CONTINUATION_TOKENS
         ).logits[0]
         return logits.double().log_softmax(-1)
 

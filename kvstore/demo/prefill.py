@@ -13,7 +13,7 @@ from kvstore.demo import prompt
 from kvstore.demo.model import load
 from kvstore.demo.worker import progress, serve
 from kvstore_client import Client
-from kvstore_client.integrations.transformers import kv_from_cache, layout_for
+from kvstore_client.integrations.transformers import kv_from_cache, layout_for, returned_cache
 
 PUT_DEADLINE_S = 60.0
 
@@ -25,7 +25,7 @@ def start(target: str, cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]
 
     def put() -> dict[str, Any]:
         began = time.perf_counter()
-        past = model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1).past_key_values
+        past = returned_cache(model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1))
         prefill_s = time.perf_counter() - began
         progress(f"prefill: {len(tokens)} tokens computed in {prefill_s:.2f} s")
         kv = kv_from_cache(past, layout)

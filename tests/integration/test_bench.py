@@ -13,11 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from node_process import KVSTORE, clean_environment
+from small_profiles import transform_profile
 
 import kvstore_codec as codec
-from kvstore.cli import bench_codec
-from kvstore.cli.bench_codec import Bits, Contestant, Options
+from kvstore.cli import bench_codec, bench_rivals, bench_rounds, bench_transform
+from kvstore.cli.bench_codec import Options
+from kvstore.cli.bench_rivals import Material
+from kvstore.cli.bench_rounds import BF16, Contestant
+from kvstore.cli.bench_symbols import DIGIT_MODELS, symbols_by_quality
 from kvstore.cli.outcome import CommandFailed, ExitCode
+from kvstore_codec import Quality, tables
+from kvstore_codec.native import NativeCoder
 
 LAYERS, TOKENS, KV_HEADS, HEAD_DIM = 4, 80, 2, 64
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,7 +50,7 @@ def kv_like_values() -> npt.NDArray[np.uint16]:
     channels = (LAYERS, 2, 1, KV_HEADS, HEAD_DIM)
     values = rng.standard_normal((LAYERS, 2, TOKENS, KV_HEADS, HEAD_DIM)) * rng.lognormal(0, 0.5, channels)
     values += rng.standard_normal(channels)
-    bits: npt.NDArray[np.uint16] = values.astype(bench_codec.BF16).view(np.uint16)
+    bits: npt.NDArray[np.uint16] = values.astype(BF16).view(np.uint16)
     return bits
 
 
@@ -56,35 +62,124 @@ def kv_file(tmp_path: Path) -> Path:
 
 
 def test_json_has_every_contestant_and_adds_up(kv_file: Path) -> None:
-    done = run("--kv", str(kv_file), "--chunk-tokens", "32", "--rounds", "3", "--threads", "2", "--json")
+    done = run("--kv", str(kv_file), "--chunk-tokens", "32", "--rounds", "3", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert report["kv"] == str(kv_file)
     assert report["shape"] == [LAYERS, 2, TOKENS, KV_HEADS, HEAD_DIM]
     assert (report["elements"], report["raw_bytes"]) == (ELEMENTS, 2 * ELEMENTS)
     assert report["options"]["chunk_tokens"] == 32
-    assert report["options"]["threads"] == 2
+    assert report["options"]["threads"] == [1, 2]
+    assert (report["isa"], report["transform"]) == (NativeCoder().isa, None)
     results: dict[str, Any] = {result["name"]: result for result in report["results"]}
-    assert {"memcpy", "zstd-1", *bench_codec.QUALITIES} <= results.keys() <= {
-        "memcpy", "zstd-1", "lz4", *bench_codec.QUALITIES,
+    coded = [quality for quality in bench_codec.QUALITIES if quality != "raw"]
+    assert results.keys() == {
+        "memcpy", "raw", *coded, *(f"{quality}, 2 threads" for quality in coded),
+        *(f"{coder} of {quality}" for coder in ("zstd-1", "lz4", "constriction") for quality in coded),
     }  # fmt: skip
-    for result in results.values():
+    for name, result in results.items():
+        assert result["elements"] == ELEMENTS
         assert result["bits_per_element"] == pytest.approx(8 * result["encoded_bytes"] / ELEMENTS)
         assert result["ratio"] == pytest.approx(16 / result["bits_per_element"])
-        for direction in (result["encode"], result["decode"]):
-            assert len(direction["seconds"]) == 3
-            median = sorted(direction["seconds"])[1]
-            assert direction["elements_per_second"] == pytest.approx(ELEMENTS / median)
-            assert direction["bytes_per_second"] == pytest.approx(2 * ELEMENTS / median)
-            assert direction["to_memcpy"] > 0
-            assert direction["to_zstd"] > 0
-    for direction in ("encode", "decode"):
-        assert results["memcpy"][direction]["to_memcpy"] == 1
-        assert results["zstd-1"][direction]["to_zstd"] == 1
-    assert all(results[name]["error"] == 0 for name in ("memcpy", "zstd-1", "raw", "lossless"))
+        for direction in ("encode", "decode"):
+            timing, memcpy = result[direction], results["memcpy"][direction]
+            assert len(timing["seconds"]) == 3
+            assert timing["elements_per_second"] == pytest.approx(ELEMENTS / median(timing["seconds"]))
+            assert timing["bytes_per_second"] == pytest.approx(2 * ELEMENTS / median(timing["seconds"]))
+            assert timing["to_memcpy"] == pytest.approx(median_ratio(memcpy["seconds"], timing["seconds"]))
+            zstd = results.get(f"zstd-1 of {result['of']}")
+            if zstd is None:
+                assert name in ("memcpy", "raw")
+                assert timing["to_zstd"] is None
+            else:
+                expected = median_ratio(zstd[direction]["seconds"], timing["seconds"])
+                assert timing["to_zstd"] == pytest.approx(expected)
+            if result["threads"] == 2:
+                expected = median_ratio(results[result["of"]][direction]["seconds"], timing["seconds"])
+                assert timing["to_one_thread"] == pytest.approx(expected)
+                assert (timing["cpu_seconds"], timing["to_zstd_by_cpu"]) == (None, None)
+            elif zstd is not None:
+                expected = median_ratio(zstd[direction]["cpu_seconds"], timing["cpu_seconds"])
+                assert timing["to_zstd_by_cpu"] == pytest.approx(expected)
+    lossy = {"high", "medium", "low"}
+    assert all(result["error"] == 0 for result in results.values() if result["coder"] != "kvstore")
+    assert all(results[name]["error"] == 0 for name in ("raw", "lossless"))
     assert 0 < results["high"]["error"] < results["medium"]["error"] < results["low"]["error"]
     bits = [results[name]["bits_per_element"] for name in ("raw", "lossless", "high", "medium", "low")]
     assert bits == sorted(bits, reverse=True)
+    for quality in lossy:  # the same symbols by the same tables; the codec adds means, scales and states
+        assert results[f"constriction of {quality}"]["encoded_bytes"] < results[quality]["encoded_bytes"]
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def median_ratio(theirs: list[float], ours: list[float]) -> float:
+    return median([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+@pytest.mark.parametrize("profiled", [False, True])
+def test_the_symbols_are_those_that_the_codec_codes(profiled: bool) -> None:
+    """An ideal coder with the codec's tables needs nearly what the codec's streams take."""
+    material = Material.cut(kv_like_values(), TOKENS, 100_000.0)
+    profile = transform_profile(material.layout) if profiled else None
+    chunk = material.chunks[0].view(BF16)
+    first = 2048  # without sinks
+    lossy = [Quality.HIGH, Quality.MEDIUM, Quality.LOW]
+    found = symbols_by_quality(chunk, material.layout, [*lossy, Quality.LOSSLESS], first, profile)
+    assert len(found[Quality.LOSSLESS].data) == ELEMENTS
+    frequencies = np.zeros((DIGIT_MODELS + len(tables.DIGITS.freq), tables.SYMBOLS))
+    frequencies[:DIGIT_MODELS] = tables.VALUES.freq
+    frequencies[DIGIT_MODELS:, :3] = tables.DIGITS.freq
+    for quality in lossy:
+        symbols = found[quality]
+        alone = symbols_by_quality(chunk, material.layout, [quality], first, profile)[quality]
+        assert symbols.data.shape == alone.data.shape
+        assert (symbols.data != alone.data).mean() < 1e-3  # the coarser grid, by rounding once or twice
+        freq = np.maximum(frequencies[symbols.models, symbols.data], tables.SLOTS / 2**20)  # an escape and its word
+        ideal_bytes = np.log2(tables.SLOTS / freq).sum() / 8
+        blob = codec.encode(chunk, material.layout, quality=quality, first_position=first, profile=profile)
+        assert 0.9 * len(blob) < ideal_bytes < len(blob)  # beside the streams: means, scales, states
+
+
+def test_a_profile_adds_its_qualities_and_its_transform(kv_file: Path, tmp_path: Path) -> None:
+    layout = Material.cut(kv_like_values(), 32, 100_000.0).layout
+    path = tmp_path / "some.kvp"
+    dataclasses.replace(transform_profile(layout), model_id=bytes(32)).save(path)
+    done = run(
+        "--kv", str(kv_file), "--chunk-tokens", "32", "--rounds", "2", "--threads", "1", "--quality", "low",
+        "--quality", "lossless", "--profile", str(path), "--isa", "scalar", "--json",
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    assert (report["isa"], report["options"]["profile"]) == ("scalar", str(path))
+    names = [result["name"] for result in report["results"] if result["coder"] == "kvstore"]
+    assert names == ["low", "lossless", "low, profile"]
+    assert {f"{coder} of low, profile" for coder in ("zstd-1", "lz4", "constriction")} <= {
+        result["name"] for result in report["results"]
+    }
+    transform = report["transform"]
+    channels = 2 * LAYERS * KV_HEADS * HEAD_DIM
+    assert (transform["tokens"], transform["shapes"]) == (TOKENS, [[channels, channels]])
+    assert transform["bytes_with"] == pytest.approx(transform["bytes_without"], rel=0.01)
+    for direction in ("encode", "decode"):
+        assert transform[direction]["flops_per_second"] > 0
+        assert transform[direction]["to_sgemm"] > 0
+    shown = run("--kv", str(kv_file), "--rounds", "1", "--quality", "low", "--profile", str(path))
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "transform" in shown.stdout
+
+
+def test_a_profile_of_another_shape_is_one_line(kv_file: Path, tmp_path: Path) -> None:
+    layout = Material.cut(kv_like_values()[1:], 32, None).layout
+    path = tmp_path / "other.kvp"
+    transform_profile(layout).save(path)
+    done = run("--kv", str(kv_file), "--profile", str(path))
+    assert done.returncode == ExitCode.USAGE
+    assert f"{path}: the profile has another number of layers" in error_line(done)
+    missing = run("--kv", str(kv_file), "--profile", str(tmp_path / "missing.kvp"))
+    assert "missing.kvp: No such file" in error_line(missing)
 
 
 def test_sizes_are_those_of_the_public_call(kv_file: Path) -> None:
@@ -95,7 +190,7 @@ def test_sizes_are_those_of_the_public_call(kv_file: Path) -> None:
         model="other", revision="1", num_layers=LAYERS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="bfloat16",
         chunk_tokens=32, rope=codec.RoPE(theta=100_000.0),
     )  # fmt: skip
-    kv = kv_like_values().view(bench_codec.BF16)
+    kv = kv_like_values().view(BF16)
     blobs = [
         codec.encode(kv[:, :, start : start + 32], layout, quality="medium", first_position=start)
         for start in (0, 32, 64)
@@ -109,7 +204,9 @@ def test_tables_show_the_asked_qualities(kv_file: Path) -> None:
     rows = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
     encode, decode = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     assert encode == decode
-    assert [name for name in encode if name != "lz4"] == ["memcpy", "zstd-1", "low", "lossless"]
+    others = ["· zstd-1", "· lz4", "· constriction"]
+    low, lossless = (f"{name}, 2 threads" for name in ("low", "lossless"))
+    assert encode == ["memcpy", "low", low, *others, "lossless", lossless, *others]
     assert f"{TOKENS} tokens, {LAYERS} layers" in done.stdout
 
 
@@ -153,7 +250,13 @@ def test_values_that_cannot_be_lossy_are_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value", "names"),
-    [("--quality", "best", "'best'"), ("--chunk-tokens", "8", "--chunk-tokens"), ("--rounds", "0", "--rounds")],
+    [
+        ("--quality", "best", "'best'"),
+        ("--chunk-tokens", "8", "--chunk-tokens"),
+        ("--rounds", "0", "--rounds"),
+        ("--isa", "sse", "no sse here"),
+        ("--threads", "0", "--threads"),
+    ],
 )
 def test_wrong_options_are_one_line(kv_file: Path, option: str, value: str, names: str) -> None:
     done = run("--kv", str(kv_file), option, value)
@@ -161,25 +264,39 @@ def test_wrong_options_are_one_line(kv_file: Path, option: str, value: str, name
     assert names in error_line(done)
 
 
-def test_a_codec_that_gives_back_other_values_fails() -> None:
+def test_a_coder_that_gives_back_other_values_fails() -> None:
     """One bit wrong in one decode, once the warm-up was right."""
-    chunks = [np.ascontiguousarray(kv_like_values()[:, :, :16])]
-    options = Options(rounds=2)
-    honest = [*bench_codec.yardsticks(chunks), *bench_codec.qualities(chunks, [0], Options(16, rounds=2))]
-    assert {result.name for result in bench_codec.run(chunks, honest, options).results} >= {"memcpy", "lossless"}
-    rivals = [_flips_a_bit_in_decode(one, number=2) if one.name == "lossless" else one for one in honest]
-    with pytest.raises(CommandFailed, match="lossless: chunk 0 decodes to other values") as failed:
-        bench_codec.run(chunks, rivals, options)
-    assert failed.value.exit_code == ExitCode.PROBLEM
+    material = Material.cut(kv_like_values()[:, :, :16], 16, None)
+    honest = bench_codec.contestants(material, Options(chunk_tokens=16, threads=(1,)), NativeCoder(), None)
+    assert {result.name for result in bench_rounds.run(honest, 2)} >= {"memcpy", "lossless", "zstd-1 of low"}
+    for name in ("lossless", "zstd-1 of low"):
+        rivals = [_flips_a_bit_in_decode(one, number=2) if one.name == name else one for one in honest]
+        with pytest.raises(CommandFailed, match=f"{name}: chunk 0 decodes to other values") as failed:
+            bench_rounds.run(rivals, 2)
+        assert failed.value.exit_code == ExitCode.PROBLEM
 
 
 def test_a_lossy_decode_that_does_nothing_fails() -> None:
-    chunks = [np.ascontiguousarray(kv_like_values()[:, :, :16])]
-    honest = bench_codec.yardsticks(chunks)
-    idle = Contestant("low", False, lambda index: b"x", lambda encoded, index: np.zeros_like(chunks[index]))
+    material = Material.cut(kv_like_values()[:, :, :16], 16, None)
+    (honest,) = bench_rivals.codecs(material, [Quality.LOW], [1], NativeCoder())
+    idle = dataclasses.replace(honest, decode=lambda encoded, index: np.zeros_like(material.chunks[index]))
     with pytest.raises(CommandFailed, match=r"low: decoded values are off by 1\.00") as failed:
-        bench_codec.run(chunks, [*honest, idle], Options(rounds=1))
+        bench_rounds.run([bench_rivals.memcpy(material), idle], 1)
     assert failed.value.exit_code == ExitCode.PROBLEM
+
+
+def test_values_of_which_no_symbol_is_coded_have_no_coders_of_symbols() -> None:
+    material = Material.cut(np.full((1, 2, 16, 1, 16), 0x3F80, np.uint16), 16, None)
+    assert bench_rivals.symbol_coders(material, [Quality.RAW, Quality.LOW]) == []
+
+
+def test_the_transform_is_not_timed_where_there_is_none() -> None:
+    material = Material.cut(kv_like_values(), 32, None)
+    profile = transform_profile(material.layout)
+    group = profile.groups[0]
+    plain = dataclasses.replace(group, basis=None)
+    diagonal = dataclasses.replace(profile, kind=codec.ProfileKind.DIAGONAL, groups=(plain,))
+    assert bench_transform.measure(material, diagonal, NativeCoder(), 1) is None
 
 
 @pytest.mark.slow
@@ -221,12 +338,12 @@ def test_a_route_that_gives_back_other_bytes_fails() -> None:
 def _flips_a_bit_in_decode(honest: Contestant, *, number: int) -> Contestant:
     calls = 0
 
-    def decode(encoded: Any, index: int) -> Bits:
+    def decode(encoded: Any, index: int) -> Any:
         nonlocal calls
         calls += 1
         decoded = honest.decode(encoded, index)
         if calls == number:
-            decoded[-1, -1, -1, -1, -1] ^= 1
+            decoded.ravel()[-1] ^= 1
         return decoded
 
     return dataclasses.replace(honest, decode=decode)

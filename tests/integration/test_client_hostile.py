@@ -53,6 +53,7 @@ from kvstore_client import (
     Unavailable,
 )
 from kvstore_client.errors import ERROR_OF_STATUS
+from kvstore_codec.container import FORMAT_VERSION
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
@@ -377,7 +378,7 @@ def bad_objects() -> Iterator[tuple[str, type[KvClientError], bytes]]:
     yield "of another prompt", ObjectForeign, OTHER.blobs[BAD]
     yield "of another position", ObjectForeign, object_of(first_position=0)
     yield "of fewer tokens", ObjectForeign, object_of(tokens=CHUNK - 1)
-    yield "of a later version", ObjectUnsupported, with_header(blob, 4, struct.pack("<H", 2))
+    yield "of a later version", ObjectUnsupported, with_header(blob, 4, struct.pack("<H", FORMAT_VERSION + 1))
 
 
 @pytest.mark.parametrize(("what", "kind", "blob"), [pytest.param(*case, id=case[0]) for case in bad_objects()])
@@ -393,7 +394,7 @@ async def test_a_bad_object(
 
 
 def test_the_header_of_the_later_version_is_otherwise_right() -> None:
-    assert with_header(HELD.blobs[0], 4, struct.pack("<H", 1)) == HELD.blobs[0]
+    assert with_header(HELD.blobs[0], 4, struct.pack("<H", FORMAT_VERSION)) == HELD.blobs[0]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,14 @@ from transformers import DynamicCache
 
 import kvstore_codec as codec
 from kvstore_client.integrations import transformers as integration
-from kvstore_client.integrations.transformers import cache_from_kv, kv_from_cache, layout_for, weights_revision
+from kvstore_client.integrations.transformers import (
+    cache_from_kv,
+    kv_from_cache,
+    layout_for,
+    passed_cache,
+    returned_cache,
+    weights_revision,
+)
 from kvstore_codec import arrays
 from kvstore_codec.rope import rotation_for
 
@@ -36,7 +43,7 @@ class Prefilled:
         self.model = model
         self.ids = tokenizer(TEXT, return_tensors="pt").input_ids
         self.layout = layout_for(model, chunk_tokens=CHUNK)
-        cache = model(self.ids[:, :PREFIX], use_cache=True).past_key_values
+        cache = returned_cache(model(self.ids[:, :PREFIX], use_cache=True))
         self.kv = kv_from_cache(cache, self.layout)
         self.logits = self.next_logits(cache)
 
@@ -46,12 +53,12 @@ class Prefilled:
 
     def next_logits(self, cache: DynamicCache) -> torch.Tensor:
         """float32 `[tokens, vocabulary]` of the tokens after the prefix."""
-        return self.model(self.ids[:, PREFIX:], past_key_values=cache).logits[0].float()
+        return self.model(self.ids[:, PREFIX:], **passed_cache(self.model, cache)).logits[0].float()
 
     def greedy(self, cache: DynamicCache) -> list[int]:
         out = self.model.generate(
-            self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=cache, do_sample=False,
-            min_new_tokens=16, max_new_tokens=16,
+            self.ids, attention_mask=torch.ones_like(self.ids), do_sample=False, min_new_tokens=16,
+            max_new_tokens=16, **passed_cache(self.model, cache),
         )  # fmt: skip
         return out[0, self.ids.shape[1] :].tolist()  # type: ignore[no-any-return]
 
@@ -111,7 +118,7 @@ def test_high_quality_barely_moves_the_predictions(prefilled: Prefilled) -> None
 
     def log_probabilities(kv: np.ndarray[Any, Any]) -> torch.Tensor:
         cache = cache_from_kv(kv.astype(np.float32), model_or_config=model)
-        logits: torch.Tensor = model(prefilled.ids[:, PREFIX:], past_key_values=cache).logits[0]
+        logits: torch.Tensor = model(prefilled.ids[:, PREFIX:], **passed_cache(model, cache)).logits[0]
         return logits.log_softmax(-1)
 
     exact, high = log_probabilities(prefilled.stored("raw")), log_probabilities(prefilled.stored("high"))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvstore_client.integrations.transformers import passed_cache, returned_cache
+
 
 def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """Two layers with random weights that follow from a fixed seed; `changes` to the configuration."""
@@ -22,4 +24,5 @@ def tiny(model_type: str, *, dtype: torch.dtype = torch.float32, **changes: Any)
 
 def cache_of(model: Any, tokens: int = 8, *, batch: int = 1, token: int = 7, past: Any = None) -> Any:
     """The cache after `tokens` times the same token."""
-    return model(torch.full((batch, tokens), token), past_key_values=past, use_cache=True).past_key_values
+    given = {} if past is None else passed_cache(model, past)
+    return returned_cache(model(torch.full((batch, tokens), token), use_cache=True, **given))

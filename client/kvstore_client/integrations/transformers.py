@@ -9,13 +9,13 @@ How to try kvstore on your own model, with a node running (`kvstore serve`):
         layout = layout_for(model)
         store = client.namespace(layout)
         # The process that prefills:
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = returned_cache(model(ids, use_cache=True, logits_to_keep=1))
         store.put(tokens, kv_from_cache(cache, layout), quality="lossless")
         # Any other process with the same weights:
         kv, n = store.get(tokens)
         n = min(n, len(tokens) - 1)  # a model needs at least one new token to give logits
         past = cache_from_kv(kv, n, model_or_config=model) if n else None
-        answer = model.generate(ids, past_key_values=past, max_new_tokens=64)
+        answer = model.generate(ids, max_new_tokens=64, **passed_cache(model, past))
 
 What is stored are whole chunks (256 tokens unless `layout_for` is told otherwise) from the prompt's start; the
 model computes the rest. One sequence at a time, without padding: token i is at position i. Models whose attention
@@ -26,6 +26,7 @@ InvalidArgument, never a wrong layout.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from pathlib import PurePath
 from typing import Any
@@ -77,6 +78,18 @@ def layout_for(
         revision=revision or weights_revision(model), num_layers=config.num_hidden_layers,
         kv_heads=_kv_heads(config), head_dim=head_dim, dtype=dtype, chunk_tokens=chunk_tokens, rope=rope,
     )  # fmt: skip
+
+
+def passed_cache(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` as the keyword argument of `model`'s forward and generate: transformers renamed it within version 5."""
+    renamed = "cache" in inspect.signature(model.forward).parameters
+    return {"cache" if renamed else "past_key_values": cache}
+
+
+def returned_cache(output: Any) -> Any:
+    """The cache in what a model returned."""
+    renamed = "cache" in output
+    return output.cache if renamed else output.past_key_values
 
 
 def weights_revision(model: Any) -> str:
@@ -132,7 +145,7 @@ def kv_from_cache(
 
 
 def cache_from_kv(kv: KVArray, tokens: int | None = None, *, model_or_config: Any) -> DynamicCache:
-    """The first `tokens` tokens of `kv` (default: all) as `past_key_values` for forward and generate.
+    """The first `tokens` tokens of `kv` (default: all) as a cache for forward and generate (see `passed_cache`).
 
     `kv`: what `Namespace.get` and `codec.decode` return, `[layers, 2, tokens, kv_heads, head_dim]` or a list of
     (k, v), numpy or torch. It is copied once, to the model's device; `kv` may be reused afterwards. A model needs at

@@ -33,8 +33,8 @@ from kvstore_codec.reference.value_streams import (
 )
 from kvstore_codec.segments import LossySegment
 
-DRAIN_K_NORM = 0.6  # of the median norm
-DRAIN_V_NORM = 0.5
+DRAIN_K_NORM = 0.5  # of the median norm
+DRAIN_V_NORM = 0.25
 DRAIN_SCALE = np.float32(0.125)
 #: At most one token in so many is a drain token (about 1 % are, in real caches); the step of the others would else be
 #: measured on too little.

@@ -56,6 +56,7 @@ def test_one_line_is_short_printable_and_keeps_words(text: str) -> None:
         (codec.DamagedObject("d", code=codec.ErrorCode.TRUNCATED), errors.ObjectDamaged),
         (codec.ForeignObject("f"), errors.ObjectForeign),
         (codec.UnsupportedObject("u", code=codec.ErrorCode.VERSION_UNSUPPORTED), errors.ObjectUnsupported),
+        (codec.ProfileMissing("p"), errors.ProfileMissing),
     ],
 )
 def test_every_object_error_of_the_codec_has_its_own(

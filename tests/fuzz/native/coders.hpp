@@ -1,0 +1,16 @@
+// The codecs of every instruction set that runs here, scalar first.
+#pragma once
+
+#include "lossless.hpp"
+#include "lossy.hpp"
+
+namespace kvstore::fuzz {
+
+struct Coders {
+    LossyCodec lossy;
+    LosslessCodec lossless;
+};
+
+const std::vector<Coders>& coders();
+
+}  // namespace kvstore::fuzz
