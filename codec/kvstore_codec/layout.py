@@ -26,6 +26,7 @@ LAYOUT_FORMAT_VERSION = 1
 CHUNK_TOKENS_MIN, CHUNK_TOKENS_MAX = 16, 2048
 LAYERS_MAX = 4096
 CHANNELS_MAX = 1 << 16  # kv_heads × dim of one plane
+FACTOR_MIN = 2.0**-20  # of a rope scaling
 CANONICAL_BYTES_MAX = 1 << 20  # 4096 layers written out need about 0.8 MB
 
 #: bytes per element of every dtype a layout may name
@@ -61,6 +62,10 @@ class RopeScaling:
         if self.kind == "llama3" and any(value is None for value in needs):
             raise LayoutError("llama3 rope scaling needs low_freq_factor, high_freq_factor and original_max_position")
         _positive_floats(self, "factor", "low_freq_factor", "high_freq_factor")
+        if not FACTOR_MIN <= self.factor <= 1 / FACTOR_MIN:
+            raise LayoutError("a rope scaling factor is 2**-20 to 2**20", factor=self.factor)
+        if self.kind == "llama3" and self.low_freq_factor == self.high_freq_factor:
+            raise LayoutError("low_freq_factor and high_freq_factor must differ", both=self.low_freq_factor)
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,8 @@ class RoPE:
     def __post_init__(self) -> None:
         _exact_types(self)
         _positive_floats(self, "theta")
+        if self.theta < 1:  # frequencies above a radian a token: no model has them, and angles lose their precision
+            raise LayoutError("rope theta must be at least 1", theta=self.theta)
         if self.rotary_dims is not None and (self.rotary_dims < 2 or self.rotary_dims % 2):
             raise LayoutError("rotary_dims must be even and at least 2", rotary_dims=self.rotary_dims)
 
@@ -229,7 +236,7 @@ class KVLayout:
         layers = data.get("layers")
         if not isinstance(layers, list | tuple):
             raise LayoutError("a layout needs a list of layers")
-        data["layers"] = tuple(_build(LayerSpec, dict(layer), rope=_build_rope) for layer in layers)
+        data["layers"] = tuple(_build(LayerSpec, layer, rope=_build_rope) for layer in layers)
         data["partition"] = _build(Partition, data.get("partition") or {})
         layout: KVLayout = _build(cls, data)
         return layout
@@ -284,6 +291,8 @@ def _exact_types(instance: Any) -> None:
             object.__setattr__(instance, name, operator.index(value))
         elif kinds[0] in ("str", "bool") and type(value).__name__ != kinds[0]:
             raise LayoutError(f"{name} must be a {kinds[0]}", value=repr(value))
+        elif kinds[0] == "str" and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise LayoutError(f"{name} must be text that UTF-8 can hold", value=repr(value))
 
 
 def _positive_floats(instance: object, *names: str) -> None:
@@ -294,7 +303,7 @@ def _positive_floats(instance: object, *names: str) -> None:
             continue
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise LayoutError(f"{name} must be a number", value=value) from None
         if not (math.isfinite(number) and number > 0):
             raise LayoutError(f"{name} must be a positive finite number", value=value)
@@ -308,7 +317,9 @@ def _enum(kind: type[LayerKind], value: object) -> LayerKind:
         raise LayoutError(f"unknown layer kind {value!r}: use one of {', '.join(kind)}") from None
 
 
-def _build(cls: type[Any], data: dict[str, Any], **nested: Any) -> Any:
+def _build(cls: type[Any], data: Any, **nested: Any) -> Any:
+    if not isinstance(data, dict):
+        raise LayoutError(f"{cls.__name__} must be an object of its fields", got=type(data).__name__)
     known = {f.name for f in fields(cls)}
     unknown = sorted(set(data) - known)
     if unknown:
@@ -323,7 +334,7 @@ def _build(cls: type[Any], data: dict[str, Any], **nested: Any) -> Any:
 def _build_rope(data: Any) -> RoPE | None:
     if data is None:
         return None
-    return _build(RoPE, dict(data), scaling=lambda s: None if s is None else _build(RopeScaling, dict(s)))  # type: ignore[no-any-return]
+    return _build(RoPE, data, scaling=lambda s: None if s is None else _build(RopeScaling, s))  # type: ignore[no-any-return]
 
 
 def _canonical(value: Any) -> Any:

@@ -68,6 +68,7 @@ struct PlaneView {
 
     std::size_t channels() const { return heads * dim; }
     u8* at(std::size_t token) const {
+        if (data == nullptr) return nullptr;  // a plane without components may have no memory
         if (pages == nullptr) return data + static_cast<std::ptrdiff_t>(token) * token_stride;
         const std::size_t place = first_token + token;
         return data + static_cast<std::ptrdiff_t>(pages[place / page_tokens]) * page_stride +

@@ -13,7 +13,11 @@ namespace kvstore {
 namespace avx512 {
 namespace {
 
+#if defined(__clang__)  // which ignores the whole attribute if it names a vector width
+#define KVSTORE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt")))
+#else
 #define KVSTORE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt,prefer-vector-width=512")))
+#endif
 #include "row_loops.inl"
 
 constexpr int kHalf = 16;

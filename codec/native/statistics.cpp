@@ -115,6 +115,7 @@ Statistics measure(const LossyTables& tables, const PlaneSums& sums, double step
     const double rms = std::sqrt(variance_sum.total() / static_cast<double>(channels));
     const double floor = sums.peak * kStepToPeakMin[static_cast<std::size_t>(levels - 1)] * (sums.drains ? kDrainsFiner : 1.0);
     result.step = std::max(static_cast<float>(step_factor * std::max(rms, kRmsMin)), static_cast<float>(floor));
+    result.step = std::min(result.step, kStepMax);
     // A mean's unit is D/4; on fewer tokens a coarser one costs less than the bits it saves.
     result.mean_shift = sums.tokens <= 32 ? 2 : sums.tokens <= 64 ? 1 : 0;
     double quantum = static_cast<double>(result.step) * (0.25 * static_cast<double>(1u << result.mean_shift));

@@ -1,6 +1,8 @@
 #include "token_classes.hpp"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
 namespace kvstore {
 namespace {
@@ -29,7 +31,8 @@ std::vector<u16> quiet_tokens(std::span<const std::vector<double>> energies, std
         const double limit = plane % 2 ? kDrainVNorm : kDrainKNorm;
         if (plane % 2 == 0) std::fill(found.begin(), found.end(), 0);
         if (!energy.empty()) {
-            sorted = energy;
+            sorted = energy;  // what is not finite is refused later, but must not disturb the order
+            for (double& value : sorted) value = std::isfinite(value) ? value : std::numeric_limits<double>::infinity();
             const auto middle = sorted.begin() + static_cast<std::ptrdiff_t>((sorted.size() - 1) / 2);
             std::nth_element(sorted.begin(), middle, sorted.end());
             const double threshold = *middle * (limit * limit);

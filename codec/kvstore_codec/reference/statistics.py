@@ -76,7 +76,7 @@ def measure(flat: Float32s, drained: Float32s, step_factor: float, levels: int =
     if drained.size:
         peak = max(np.abs(x).max(), np.abs(drained).max()) * STEP_TO_PEAK_MIN[levels] * DRAINS_FINER
     step = np.float32(step_factor * max(rms, RMS_MIN))
-    step = max(step, np.float32(peak))
+    step = min(max(step, np.float32(peak)), np.float32(STEP_MAX))
     shift = next((shift for tokens, shift in MEAN_SHIFTS if count <= tokens), 0)
     quantum = float(step) * (0.25 * 2.0**shift)
     while np.abs(mean).max() > quantum * MEAN_MAX:
