@@ -31,7 +31,8 @@ from kvstore_codec.segments import (
 )
 
 #: Base step ("low") of keys and values in units of the plane's rms. Each quality divides the step by 3; these put
-#: `medium` below fp8's loss on SmolLM2 (docs/performance.md). Values tolerate a coarser grid at equal loss than keys.
+#: `medium` below fp8's loss on SmolLM2 (docs/performance.md). Values get a finer grid than keys, for
+#: the same loss.
 STEP_FACTOR_K = 0.75
 STEP_FACTOR_V = 0.75 * 0.67
 STEP_MIN, STEP_MAX = 2.0**-8, 2.0**8

@@ -22,6 +22,8 @@ from kvstore_codec.rope import Rotation
 
 #: elements that keep the cost of one stream's states around 0.01 bit an element
 SEGMENT_ELEMENTS_MIN = 3 << 15
+#: channels of layers that are joined: a decoder's memory grows with them
+SEGMENT_CHANNELS_MAX = 1 << 12
 
 
 #: for each kv, which of a layer's two planes
@@ -66,8 +68,9 @@ def _groups(layout: KVLayout, tokens: int, first: int, layers: int, state: bool)
     smallest = min(min(layer.k_channels, layer.v_channels) for layer in chosen) * tokens
     if smallest >= SEGMENT_ELEMENTS_MIN:
         return [SegmentGroup(kv, layer, 1) for layer in range(first, first + layers) for kv in (KV.K, KV.V)]
-    elements = sum(layer.k_channels + layer.v_channels for layer in chosen) * tokens
-    count = max(1, min(layers, elements // SEGMENT_ELEMENTS_MIN))
+    channels = sum(layer.k_channels + layer.v_channels for layer in chosen)
+    wanted = max(1, channels * tokens // SEGMENT_ELEMENTS_MIN, -(-channels // SEGMENT_CHANNELS_MAX))
+    count = min(layers, wanted)
     edges = [first + index * layers // count for index in range(count + 1)]
     return [SegmentGroup(KV.K | KV.V, edge, end - edge) for edge, end in itertools.pairwise(edges)]
 

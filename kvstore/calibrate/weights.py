@@ -31,7 +31,7 @@ Float64s = npt.NDArray[np.float64]
 
 #: share of a plane's mean weight that every channel gets, so that none is trusted to be harmless
 REGULARISATION = 0.02
-#: values tolerate a coarser grid than their gradients say
+#: values need a finer grid than their gradients say: their weight is divided by this
 VALUE_SCALE = 0.8
 #: amplitude of probing noise in units of the plane's rms: −18 dB, where loss is still quadratic
 NOISE_AMPLITUDE = 0.125
