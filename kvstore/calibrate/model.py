@@ -7,14 +7,13 @@ layout's. Both KV and rounding are then those of the cache that will be stored, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
-from transformers.utils import logging
+from transformers import DynamicCache
 
 from kvstore.calibrate.options import CalibrationFailed, Options
+from kvstore.local_model import ModelUnusable, load_model
 from kvstore_client import KvClientError
 from kvstore_client.integrations.transformers import layout_for, passed_cache
 from kvstore_codec import KVLayout
@@ -55,28 +54,12 @@ class LoadedModel:
 
 def load(options: Options) -> LoadedModel:
     """Raises CalibrationFailed for what is no such model, or one whose cache has no layout here."""
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
-        model, tokenizer = _load(options.model, options.dtype)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CalibrationFailed(f"{options.model}: transformers cannot load this model: {reason}") from None
+        model, tokenizer = load_model(options.model, options.dtype)
+    except ModelUnusable as error:
+        raise CalibrationFailed(str(error)) from None
     try:
         layout = layout_for(model, chunk_tokens=CHUNK_TOKENS, model_id=options.model_id, revision=options.revision)
     except KvClientError as error:
         raise CalibrationFailed(f"{options.model}: {error}") from None
     return LoadedModel(model.float().eval().requires_grad_(False), tokenizer, layout)
-
-
-def _load(path: Path, dtype: str) -> tuple[Any, Any]:
-    if path.is_file() and path.suffix == ".gguf":
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype="bfloat16" if dtype == "auto" else dtype,
-            quantization_config=GgufConfig(dequantize=True),
-        )  # fmt: skip
-        return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    if not (path / "config.json").is_file():
-        raise CalibrationFailed(f"{path}: pass a model's folder (with config.json) or a .gguf file")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(path, local_files_only=True)

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
-from transformers.utils import logging
+from transformers import DynamicCache
 
 from kvstore.evaluate.errors import CannotEvaluate
+from kvstore.local_model import ModelUnusable, load_model
 from kvstore_client import InvalidArgument, KVLayout
 from kvstore_client.integrations.transformers import cache_from_kv, kv_from_cache, layout_for, passed_cache
 from kvstore_codec import LayoutError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_LOAD_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 
 
 class Engine:
@@ -85,26 +83,8 @@ def load(path: Path, dtype: str = "auto", model_id: str | None = None, revision:
     """The engine of a local Hugging Face folder or GGUF file; `dtype`: in which it caches ("auto": as the weights are
     kept, bfloat16 for GGUF); `model_id`, `revision`: as in `layout_for`. Raises CannotEvaluate; nothing is
     downloaded."""
-    if dtype not in ("auto", *DTYPES):
-        raise CannotEvaluate(f"--dtype {dtype}: use one of auto, {', '.join(DTYPES)}")
-    if not (path / "config.json").is_file() and not (path.is_file() and path.suffix == ".gguf"):
-        raise CannotEvaluate(f"{path}: no model is there: name a folder with a config.json, or a .gguf file")
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    source = path
-    options: dict[str, Any] = {"dtype": dtype}
-    named: dict[str, Any] = {"local_files_only": True}
-    if path.is_file():
-        source = path.parent
-        named["gguf_file"] = path.name
-        # Without dequantize the weights stay packed
-        options = {
-            "dtype": "bfloat16" if dtype == "auto" else dtype, "quantization_config": GgufConfig(dequantize=True),
-        }  # fmt: skip
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **named)
-        model = AutoModelForCausalLM.from_pretrained(source, **named, **options)
-    except _LOAD_ERRORS as error:
-        reason = (" ".join(str(error).split()) or type(error).__name__)[:300]
-        raise CannotEvaluate(f"{path}: transformers cannot load this model: {reason}") from None
+        model, tokenizer = load_model(path, dtype)
+    except ModelUnusable as error:
+        raise CannotEvaluate(str(error)) from None
     return Engine(model, tokenizer, model_id, revision)

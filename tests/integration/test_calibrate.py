@@ -198,7 +198,7 @@ def test_the_work_of_another_run_is_refused(options: Callable[..., Options], tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": Path("/nowhere")}, "/nowhere: pass a model's folder"),
+        ({"model": Path("/nowhere")}, "/nowhere: no model is there"),
         ({"texts": (Path("/nowhere.txt"),)}, "/nowhere.txt: cannot be read: No such file"),
         ({"tokens": 10**6}, "give more text, or lower --tokens"),
         ({"tokens": WINDOW_TOKENS, "layers_per_group": 2, "model": "wide"}, "give --tokens"),
@@ -237,7 +237,7 @@ def test_what_cannot_be_calibrated(
         (["--kind", "statistics", "--split-kv"], "--kind statistics takes no", 2),
         (["--layers-per-group", "0"], "--layers-per-group", 2),
         (["--out", "/nowhere/x.kvp"], "in a folder that exists", 2),
-        (["--model", "/nowhere"], "/nowhere: pass a model's folder", 1),
+        (["--model", "/nowhere"], "/nowhere: no model is there", 1),
     ],
 )
 def test_wrong_flags_get_one_line(folder: Path, tmp_path: Path, flags: list[str], message: str, code: int) -> None:
