@@ -54,7 +54,7 @@ profiles: setup $(PROFILES)/smollm2-kv5.kvp $(PROFILES)/smollm2-kv1.kvp  ## cali
 $(PROFILES)/smollm2-kv%.kvp: | $(TEXTS)/calibration
 	mkdir -p $(PROFILES)
 	$(BIN)/python -c 'from pathlib import Path; from kvstore.demo.model import model_folder; model_folder(Path("$(CACHE)"))'
-	$(BIN)/kvstore calibrate --model $(CACHE)/SmolLM2-135M-Instruct --text $(TEXTS)/calibration --layers-per-group $* --out $@
+	$(BIN)/kvstore calibrate --model $(CACHE)/SmolLM2-135M-Instruct --text $(TEXTS)/calibration --layers-per-group $* --tokens 57344 --passes 48 --target-kl 1.1e-3 --out $@
 
 $(TEXTS)/calibration: | setup
 	$(BIN)/python -m bench.texts --out $(TEXTS)
