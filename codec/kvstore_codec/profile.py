@@ -37,8 +37,6 @@ from kvstore_codec.layout import LAYERS_MAX, KVLayout
 from kvstore_codec.segments import SegmentGroup
 
 MODEL_ID_BYTES = 32
-#: largest stored scale id (six bits, as in objects)
-SCALE_ID_MAX = 63
 #: what keeps every number that coding forms finite (native/lossy.hpp)
 _WEIGHT_MIN, _WEIGHT_MAX, _MEAN_MAX = 2.0**-40, 2.0**40, 2.0**60
 
@@ -93,8 +91,8 @@ class ProfileGroup:
             raise ProfileError("weights must be 2**-40 to 2**40")
         if not (np.abs(self.mean) <= _MEAN_MAX).all():
             raise ProfileError("means must be within 2**60")
-        if not (self.scale_ids <= SCALE_ID_MAX).all():
-            raise ProfileError(f"scale ids must be 0–{SCALE_ID_MAX}")
+        if not (self.scale_ids <= tables.SCALE_ID_MAX).all():
+            raise ProfileError(f"scale ids must be 0–{tables.SCALE_ID_MAX}")
 
     @property
     def channels(self) -> int:
