@@ -70,8 +70,8 @@ std::vector<u16> LossyCodec::drain_tokens(std::span<const DrainLayer> layers, st
     return quiet_tokens(energies, tokens, sinks);
 }
 
-Status LossyCodec::read_planes(const LossySegment& segment, std::size_t sinks, Dtype dtype, Flat& flat,
-                               std::vector<std::vector<double>>* energies) const {
+void LossyCodec::read_planes(const LossySegment& segment, std::size_t sinks, Dtype dtype, Flat& flat,
+                             std::vector<std::vector<double>>* energies) const {
     const std::size_t tokens = segment.tokens();
     flat.reset(tokens, segment.channels());
     std::fill_n(flat.row(0), sinks * flat.channels, 0.0f);
@@ -88,7 +88,6 @@ Status LossyCodec::read_planes(const LossySegment& segment, std::size_t sinks, D
         }
         first += channels;
     }
-    return Status::ok;
 }
 
 LossyCodec::Grid LossyCodec::measured_grid(const std::vector<Statistics>& statistics, bool drains) const {
@@ -127,9 +126,7 @@ Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype 
     const std::size_t tokens = segment.tokens();
     Flat flat;
     std::vector<std::vector<double>> energies;
-    if (const Status status = read_planes(segment, sinks, dtype, flat, segment.find_drains ? &energies : nullptr);
-        status != Status::ok)
-        return status;
+    read_planes(segment, sinks, dtype, flat, segment.find_drains ? &energies : nullptr);
     std::vector<u16> drains(segment.drains.begin(), segment.drains.end());
     if (segment.find_drains) drains = quiet_tokens(energies, tokens, sinks);
     const TokenClasses classes = classify(tokens, sinks, drains);

@@ -57,8 +57,8 @@ class LossyCodec {
     struct Grid;
     struct Flat;
 
-    Status read_planes(const LossySegment& segment, std::size_t sinks, Dtype dtype, Flat& flat,
-                       std::vector<std::vector<double>>* energies) const;
+    void read_planes(const LossySegment& segment, std::size_t sinks, Dtype dtype, Flat& flat,
+                     std::vector<std::vector<double>>* energies) const;
     Grid measured_grid(const std::vector<Statistics>& statistics, bool drains) const;
     Grid profile_grid(const GroupProfile& profile, int step_quarters) const;
     Status read_side(ByteView payload, const LossySegment& segment, std::size_t sinks, Dtype dtype, std::vector<u16>& drains,
