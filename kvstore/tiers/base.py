@@ -7,22 +7,33 @@ host tier on its loop and the disk tier from threads, writes of one tier one aft
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import kvstore_codec as codec
 from kvstore.index.entry import ObjectKey
 from kvstore_codec import ObjectHeader
 
 Bytes = bytes | bytearray | memoryview
 
 
-@dataclass(frozen=True)
-class StoredObject:
-    """One object found by `scan`, oldest use first."""
+class StoredObject(NamedTuple):
+    """One object found by `scan`. `quality` and `layer_bytes` are of what is held, which may be less than was put:
+    `layer_bytes[q]` is the length of its prefix with quality layers 0…q, `length` the last of them."""
 
     key: ObjectKey
     parent: bytes
-    header: ObjectHeader
+    first_position: int
+    tokens: int
+    quality: int
+    provenance: int
+    layer_bytes: tuple[int, ...]
+    length: int
+    header_bytes: bytes
+
+    @property
+    def header(self) -> ObjectHeader:
+        """The header that the object was put with."""
+        return codec.parse_header(self.header_bytes)
 
 
 class Tier(Protocol):
