@@ -59,6 +59,9 @@ class Tier(Protocol):
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
         """The first `length` bytes of the object, or None where it is not (all) there."""
 
+    def truncate(self, key: ObjectKey, length: int) -> bool:
+        """Keeps the first `length` bytes (the end of a quality layer), freeing the rest; whether it was there."""
+
     def delete(self, key: ObjectKey) -> bool:
         """Whether it was there."""
 

@@ -1,52 +1,130 @@
-"""Objects in this process's memory."""
+"""Objects in this node's memory: one arena, which other processes of the machine can map (`fd`, `location`)."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from kvstore.errors import TierFull
 from kvstore.index.entry import ObjectKey
+from kvstore.tiers.allocator import aligned
+from kvstore.tiers.arena import Arena, Block, Location
 from kvstore.tiers.base import Bytes, StoredObject
 
 
 class HostTier:
-    """Holds the buffers it is given, without copying: the caller never writes to them again."""
+    """Copies what it is given, and lends read-only views of it that never change, whatever happens to the object.
+
+    `used_bytes` counts each object in multiples of 64 bytes, and objects that are gone while views of them are held.
+    The process takes at most a sixteenth (at least 1 MiB) more memory than `capacity_bytes`, and only as objects come.
+    Every method may be called from any thread; one runs at a time. Raises ConfigError where the machine has not
+    the addresses or the huge pages."""
 
     name = "host"
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, huge_pages: bool = False) -> None:
         self.capacity_bytes = capacity_bytes
-        self._objects: dict[ObjectKey, memoryview] = {}
-        self._used_bytes = 0
+        self._arena = Arena(capacity_bytes, huge_pages=huge_pages)
+        self._blocks: dict[ObjectKey, Block] = {}
+        self._lock = threading.Lock()
 
     @property
     def used_bytes(self) -> int:
-        return self._used_bytes
+        with self._lock:
+            return self._arena.used_bytes
 
     @property
     def objects(self) -> int:
-        return len(self._objects)
+        return len(self._blocks)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """The part of `used_bytes` that is deleted, cut or replaced, but still being read."""
+        with self._lock:
+            return self._arena.waiting_bytes
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory committed by the system: for objects, and free for the next ones."""
+        with self._lock:
+            return self._arena.memory_bytes
+
+    @property
+    def fragmentation_ratio(self) -> float:
+        """Free memory that is of no use to an object of a page or more, as a part of the capacity."""
+        with self._lock:
+            return self._arena.stranded_bytes / max(self.capacity_bytes, 1)
+
+    @property
+    def remapped_bytes(self) -> int:
+        """Memory given back to the system and taken anew so far, since no free place was large enough."""
+        with self._lock:
+            return self._arena.given_up_bytes
+
+    @property
+    def fd(self) -> int:
+        """Of the memory that `location` speaks of; it is open for writing."""
+        return self._arena.fd
 
     def cost_bytes(self, length: int) -> int:
-        return length
+        return aligned(max(length, 1))
+
+    def room_for(self, length: int, replacing: ObjectKey | None = None) -> bool:
+        """Whether `put` has room for an object; with `replacing`, once that one is deleted.
+
+        It becomes true by deleting others, unless too many of them are being read."""
+        with self._lock:
+            replaced = None if replacing is None else self._blocks.get(replacing)
+            freed_bytes = replaced.placed_bytes if replaced is not None and replaced.lent() is None else 0
+            if self._arena.used_bytes - freed_bytes + self.cost_bytes(length) > self.capacity_bytes:
+                return False
+            return self._arena.fits(length, replaced)
 
     def put(self, key: ObjectKey, parent: bytes, data: Bytes) -> None:
-        replaced = self._objects.get(key)
-        used = self._used_bytes + len(data) - (0 if replaced is None else len(replaced))
-        if used > self.capacity_bytes:
-            raise TierFull("host tier has no room", needed=len(data), free=self.capacity_bytes - self._used_bytes)
-        self._objects[key] = memoryview(data).toreadonly()
-        self._used_bytes = used
+        """While it is written, a replacement stands beside what it replaces: delete that first where room is scarce."""
+        with self._lock:
+            block = None
+            free = self.capacity_bytes - self._arena.used_bytes
+            if self.cost_bytes(len(data)) <= free:
+                block = self._arena.store(data)
+            if block is None:
+                raise TierFull("host tier has no room", needed=self.cost_bytes(len(data)), free=free)
+            replaced = self._blocks.get(key)
+            self._blocks[key] = block
+            if replaced is not None:
+                self._arena.free(replaced)
 
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
-        held = self._objects.get(key)
-        return held[:length] if held is not None and len(held) >= length else None
+        with self._lock:
+            block = self._blocks.get(key)
+            return self._arena.view(block, length) if block is not None and block.length >= length else None
+
+    def truncate(self, key: ObjectKey, length: int) -> bool:
+        with self._lock:
+            block = self._blocks.get(key)
+            if block is not None and length < block.length:
+                self._arena.cut(block, length)
+            return block is not None
 
     def delete(self, key: ObjectKey) -> bool:
-        held = self._objects.pop(key, None)
-        self._used_bytes -= 0 if held is None else len(held)
-        return held is not None
+        with self._lock:
+            block = self._blocks.pop(key, None)
+            if block is not None:
+                self._arena.free(block)
+            return block is not None
+
+    def location(self, key: ObjectKey) -> Location | None:
+        """Where the object is in the memory behind `fd`."""
+        with self._lock:
+            block = self._blocks.get(key)
+            return None if block is None else Location(block.offset, block.length, block.generation)
 
     def scan(self) -> Iterator[StoredObject]:
         """Nothing: memory does not outlive the process."""
         return iter(())
+
+    def close(self) -> None:
+        """Views that are held stay good. No other call after this one."""
+        with self._lock:
+            self._blocks.clear()
+            self._arena.close()
