@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ByteSize,
     ConfigDict,
@@ -31,6 +30,7 @@ from pydantic import (
 )
 
 from kvstore.errors import ConfigError
+from kvstore.tiers.redis_config import SECRET_KEYS, RedisConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,7 +87,7 @@ def _metrics_address(value: str) -> str:
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 63)]
 
 
-class NodeConfig(BaseModel):
+class NodeConfig(RedisConfig):
     """Everything one node is configured with; frozen. Raises pydantic's ValidationError, `load_config` ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -204,4 +204,5 @@ def _problem(detail: Mapping[str, Any], sources: Mapping[str, str]) -> str:
         return message
     key = str(detail["loc"][0])
     source = sources.get(key, "defaults")
-    return f"{source}: {_spelling(key, source)} = {detail['input']!r}: {message}"
+    shown = "(not shown)" if key in SECRET_KEYS else repr(detail["input"])
+    return f"{source}: {_spelling(key, source)} = {shown}: {message}"

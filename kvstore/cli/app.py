@@ -99,6 +99,18 @@ def serve(
     metrics_listen: Annotated[
         str | None, typer.Option(help="host:port of the Prometheus endpoint (default: none).")
     ] = None,
+    redis_url: Annotated[str | None, typer.Option(help="redis://, rediss:// (TLS) or unix:// (default: none).")] = None,
+    redis_cluster: Annotated[bool | None, typer.Option(help="redis_url names nodes of a Redis Cluster.")] = None,
+    redis_password_file: Annotated[Path | None, typer.Option(help="File with Redis' password.")] = None,
+    redis_ca: Annotated[
+        Path | None, typer.Option(help="Certificates that sign Redis' (default: the system's).")
+    ] = None,
+    redis_cert: Annotated[Path | None, typer.Option(help="This node's certificate for Redis.")] = None,
+    redis_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    redis_ttl_s: Annotated[int | None, typer.Option(help="Seconds an object outlives its last use.")] = None,
+    redis_prefix: Annotated[str | None, typer.Option(help="First part of our keys in Redis.")] = None,
+    redis_timeout_ms: Annotated[int | None, typer.Option(help="Longest wait for Redis.")] = None,
+    redis_write: Annotated[str | None, typer.Option(help="off, behind or through.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Run a node until SIGTERM. Prints one JSON line with its addresses when it is ready."""
@@ -108,7 +120,10 @@ def serve(
         "listen": listen, "node_id": node_id, "host_capacity": host_capacity, "disk_path": disk_path,
         "disk_capacity": disk_capacity, "object_bytes_max": object_bytes_max, "staged_bytes_max": staged_bytes_max,
         "stream_idle_s": stream_idle_s, "lease_ms_max": lease_ms_max, "shutdown_grace_s": shutdown_grace_s,
-        "metrics_listen": metrics_listen, "log_level": log_level,
+        "metrics_listen": metrics_listen, "redis_url": redis_url, "redis_cluster": redis_cluster,
+        "redis_password_file": redis_password_file, "redis_ca": redis_ca, "redis_cert": redis_cert,
+        "redis_key": redis_key, "redis_ttl_s": redis_ttl_s, "redis_prefix": redis_prefix,
+        "redis_timeout_ms": redis_timeout_ms, "redis_write": redis_write, "log_level": log_level,
     }  # fmt: skip
     serve_node(config, flags)
 

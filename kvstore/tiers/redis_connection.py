@@ -66,9 +66,9 @@ class CallLimits:
 
 @dataclass(frozen=True)
 class Credentials:
-    """How to present oneself to a server, and what to ask of its certificate. Files are PEM."""
+    """What every server is shown, beside what the URL says, and what its certificate is checked with. Files are
+    PEM."""
 
-    username: str | None = None
     password: str | None = field(default=None, repr=False)
     ca: Path | None = None  # none: the system's
     certificate: Path | None = None
@@ -76,11 +76,10 @@ class Credentials:
 
 
 def open_pool(url: RedisUrl, credentials: Credentials, limits: CallLimits) -> BlockingConnectionPool:
-    """A pool for one server, without a connection yet. `credentials` are for every server, those of the URL go
-    first."""
+    """A pool for one server, without a connection yet."""
     options: dict[str, Any] = {
         "limits": limits,
-        "username": url.username or credentials.username,
+        "username": url.username,
         "password": url.password or credentials.password,
         "db": url.db,
         "socket_timeout": limits.timeout_s,
