@@ -38,7 +38,9 @@ class StoredObject(NamedTuple):
 
 class Tier(Protocol):
     name: str
-    capacity_bytes: int
+
+    @property
+    def capacity_bytes(self) -> int: ...
 
     @property
     def used_bytes(self) -> int:

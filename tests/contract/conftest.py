@@ -1,10 +1,11 @@
-"""Tiers that a test opened are closed when it ends."""
+"""Tiers that a test opened are closed when it ends; the Redis servers under them serve all tests."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from redis_process import RedisCluster, RedisProcess
 
 from kvstore.tiers.disk import DiskTier
 
@@ -16,3 +17,17 @@ def opened() -> Iterator[list[DiskTier]]:
     yield tiers
     for tier in tiers:
         tier.close()
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    server = RedisProcess(tmp_path_factory.mktemp("redis"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    cluster = RedisCluster(tmp_path_factory.mktemp("redis-cluster"))
+    yield cluster
+    cluster.stop()
