@@ -200,9 +200,12 @@ class RedisTier:
         """Keeps the first `length` bytes of an object and its time to live; whether it was there. Raises TierFailed."""
         name = self._name(key)
         with self._servers.limits.call(), self._dropping() as damaged:
-            (answer,) = self._change("truncate", [self._head_job(key, ENVELOPE_BYTES)])
+            self._refuse_if_read_only()
+            (answer,) = self._servers.run([self._head_job(key, ENVELOPE_BYTES)])
+            if isinstance(answer, Failure) and answer.kind != "type":
+                self._raise("truncate", answer)
             value = self._value("truncate", key, answer, damaged)
-            if value is None or value.envelope.length < length:
+            if value is None or isinstance(answer, Failure) or value.envelope.length < length:
                 return False
             cut = seal(key, Envelope(length, value.envelope.parent))
             command: Command = ("EVAL", _TRUNCATE, 1, name, answer[0], cut, length)
@@ -312,10 +315,13 @@ class RedisTier:
 
     def _change(self, operation: str, jobs: Sequence[Job]) -> list[Replies]:
         """The replies; the first failure is raised once everything was asked."""
-        if self._read_only:
-            raise TierFailed('redis tier is only read: set redis_write = "behind" or "through"')
+        self._refuse_if_read_only()
         answers = self._servers.run(jobs)
         return [self._raise(operation, answer) if isinstance(answer, Failure) else answer for answer in answers]
+
+    def _refuse_if_read_only(self) -> None:
+        if self._read_only:
+            raise TierFailed('redis tier is only read: set redis_write = "behind" or "through"')
 
     def _raise(self, operation: str, failure: Failure) -> NoReturn:
         self._events.failed(operation, failure.kind, failure.problem)

@@ -49,11 +49,15 @@ class RedisProcess:
 
     @property
     def client(self) -> redis.Redis:
-        """A plain client, to look at what the tier did."""
+        """A plain client, to look at what the tier did and to interfere."""
         if self._client is None:
             files = {} if self._tls is None else {"ssl_ca_certs": str(self._tls.ca), **self._tls.client_files}
             self._client = redis.Redis.from_url(self.url, socket_timeout=START_S_MAX, protocol=2, **files)
+            self._client.response_callbacks.clear()  # replies as they are
         return self._client
+
+    def command(self, *words: Any) -> Any:
+        return self.client.execute_command(*words)  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
         """Returns once it answers."""
@@ -126,21 +130,21 @@ class RedisCluster:
             master.stop(signal.SIGKILL)
 
     def master_of(self, key: bytes) -> RedisProcess:
-        slot = self.masters[0].client.execute_command("CLUSTER KEYSLOT", key)
+        slot: int = self.masters[0].command("CLUSTER", "KEYSLOT", key)
         return self.masters[min(2, slot * 3 // 16384)]
 
     def _join(self) -> None:
         for number, master in enumerate(self.masters):
             first, last = -(-number * 16384 // 3), -(-(number + 1) * 16384 // 3) - 1
-            master.client.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
-            master.client.execute_command("CLUSTER MEET", HOST, self.masters[0].port)
+            master.command("CLUSTER", "ADDSLOTSRANGE", first, last)
+            master.command("CLUSTER", "MEET", HOST, self.masters[0].port)
         for master in self.masters:
             wait_until(lambda master=master: _sees_all(master), "the Cluster is whole", deadline_s=START_S_MAX)  # type: ignore[misc]
 
 
 def _sees_all(master: RedisProcess) -> bool:
-    state: dict[str, Any] = master.client.execute_command("CLUSTER INFO")
-    return state["cluster_state"] == "ok" and state["cluster_slots_ok"] == "16384"
+    state = bytes(master.command("CLUSTER", "INFO"))
+    return b"cluster_state:ok" in state and b"cluster_slots_ok:16384" in state
 
 
 class TlsFiles:

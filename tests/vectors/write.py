@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 
 import golden
 import golden_profiles
+import golden_redis
 from kv_strategies import bits
 
 import kvstore_codec as codec
@@ -39,6 +40,7 @@ def main() -> None:
         (folder / "encoded.kvc").write_bytes(blob)
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     (golden.VECTORS / "identity.json").write_text(json.dumps(golden.identity(), indent=1) + "\n")
+    golden_redis.PINNED.write_text(json.dumps(golden_redis.values(), indent=1) + "\n")
     tables = resources.files("kvstore_codec").joinpath("tables.bin").read_bytes()
     digest = {"tables.bin": blake2b(tables, digest_size=32).hexdigest()}
     (golden.VECTORS / "tables.json").write_text(json.dumps(digest) + "\n")

@@ -1,0 +1,505 @@
+"""What only the Redis tier must do: be asked, share, expire, survive strangers; on one server and on a Cluster."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import golden_redis
+import hypothesis.strategies as st
+import kv_objects as kv
+import pytest
+import redis_process
+from hypothesis import HealthCheck, given, settings
+from redis_tiers import Told, flush, redis_tier
+from tier_objects import LAYOUT, key_of, put, whole
+
+import kvstore.tiers.redis
+import kvstore_codec as codec
+from kvstore.errors import TierFailed, TierFull
+from kvstore.index.entry import ObjectKey
+from kvstore.tiers import redis_format
+from kvstore.tiers.redis import OBJECT_BYTES_MAX, RedisTier
+from kvstore.tiers.redis_format import ENVELOPE_BYTES, Envelope, unseal, value_key, wrap
+
+Server = redis_process.RedisProcess | redis_process.RedisCluster
+MakeRedis = Callable[..., RedisTier]
+CHUNKS = {quality: kv.chunks(LAYOUT, 6, seed=1, quality=quality) for quality in ("low", "high", "raw")}
+VERSION_BYTES = (8, 9)  # of an envelope
+
+
+@pytest.fixture(params=["redis_server", "redis_cluster"])
+def server(request: pytest.FixtureRequest) -> Server:
+    """Empty, at the start of a test."""
+    found: Server = request.getfixturevalue(request.param)
+    flush(found)
+    return found
+
+
+@pytest.fixture
+def one(redis_server: redis_process.RedisProcess) -> redis_process.RedisProcess:
+    """The stand-alone server, for what does not depend on there being several."""
+    flush(redis_server)
+    return redis_server
+
+
+@pytest.fixture
+def told() -> Told:
+    return Told()
+
+
+@pytest.fixture
+def make(told: Told) -> Iterator[MakeRedis]:
+    tiers: list[RedisTier] = []
+
+    def tier(on: Server, **options: Any) -> RedisTier:
+        tiers.append(redis_tier(on, told, **options))
+        return tiers[-1]
+
+    yield tier
+    for each in tiers:
+        each.close()
+
+
+def name_of(chunk: kv.StoredChunk) -> bytes:
+    return value_key("kvstore", key_of(chunk))
+
+
+def home_of(server: Server, name: bytes) -> redis_process.RedisProcess:
+    return server.master_of(name) if isinstance(server, redis_process.RedisCluster) else server
+
+
+def hashes(chunks: list[kv.StoredChunk]) -> list[bytes]:
+    return [chunk.hash for chunk in chunks]
+
+
+# The format
+
+
+def test_values_are_the_pinned_ones() -> None:
+    pinned = json.loads(golden_redis.PINNED.read_text())
+    assert golden_redis.values() == pinned
+    for name, (key, parent, data) in golden_redis.CASES.items():
+        envelope = bytes.fromhex(pinned[name]["envelope"])
+        assert len(envelope) == ENVELOPE_BYTES
+        assert unseal(key, envelope, ENVELOPE_BYTES + len(data)) == Envelope(len(data), parent)
+
+
+def test_a_value_is_an_envelope_and_the_object(server: Server, make: MakeRedis) -> None:
+    tier = make(server)
+    chunk = CHUNKS["high"][0]
+    put(tier, chunk)
+    name = name_of(chunk)
+    assert name.split(b":") == [b"kvstore", LAYOUT.namespace_id.hex().encode(), chunk.hash.hex().encode(), b"0"]
+    assert home_of(server, name).command("GET", name) == wrap(key_of(chunk), chunk.ref.parent, chunk.blob)
+
+
+# Asking
+
+
+@pytest.mark.parametrize("stored", [0, 1, 31, 32, 33, 95, 96, 97, 150])
+def test_find_gives_the_longest_prefix(server: Server, make: MakeRedis, stored: int) -> None:
+    tier = make(server)
+    chunks = kv.chunks(LAYOUT, 150, seed=2, quality="low")
+    for number, chunk in enumerate(chunks):
+        if number != stored:
+            put(tier, chunk)
+    found = tier.find(LAYOUT.namespace_id, hashes(chunks), 0)
+    assert [each.key for each in found] == [key_of(chunk) for chunk in chunks[:stored]]
+    assert [each.parent for each in found] == [chunk.ref.parent for chunk in chunks[:stored]]
+    assert [each.header for each in found] == [codec.parse_header(chunk.blob) for chunk in chunks[:stored]]
+    assert tier.find(LAYOUT.namespace_id, hashes(chunks), 1) == []
+    assert tier.find(bytes(32), hashes(chunks), 0) == []
+    assert tier.find(LAYOUT.namespace_id, [], 0) == []
+
+
+def test_what_find_says_of_a_whole_and_of_a_truncated_object(server: Server, make: MakeRedis) -> None:
+    tier = make(server)
+    chunk = CHUNKS["high"][0]
+    header = codec.parse_header(chunk.blob)
+    put(tier, chunk)
+    for layers in (3, 2, 1):
+        tier.truncate(key_of(chunk), header.layer_bytes[layers - 1])
+        (found,) = tier.find(LAYOUT.namespace_id, [chunk.hash], 0)
+        assert found.layer_bytes == header.layer_bytes[:layers]
+        assert found.length == found.layer_bytes[-1]
+        assert found.quality == header.quality_at(found.length)
+        assert (found.first_position, found.tokens) == (header.first_position, header.tokens)
+        assert found.header == header
+
+
+def test_a_long_miss_is_one_short_question(one: redis_process.RedisProcess, make: MakeRedis) -> None:
+    tier = make(one)
+    one.command("CONFIG", "RESETSTAT")
+    rng = random.Random(3)
+    assert tier.find(LAYOUT.namespace_id, [rng.randbytes(32) for _ in range(2000)], 0) == []
+    statistics = one.command("INFO", "commandstats").decode()
+    (calls,) = (line for line in statistics.splitlines() if line.startswith("cmdstat_getrange:"))
+    assert int(calls.split("calls=")[1].split(",")[0]) == 32
+
+
+def test_read_many_answers_each_in_its_place(server: Server, make: MakeRedis) -> None:
+    tier = make(server)
+    chunks = kv.chunks(LAYOUT, 60, seed=4, quality="high")
+    for chunk in chunks[::2]:
+        put(tier, chunk)
+    low = [codec.parse_header(chunk.blob).layer_bytes[0] for chunk in chunks]
+    read = tier.read_many([(key_of(chunk), length) for chunk, length in zip(chunks, low, strict=True)])
+    assert [None if data is None else bytes(data) for data in read] == [
+        chunk.blob[:length] if number % 2 == 0 else None
+        for number, (chunk, length) in enumerate(zip(chunks, low, strict=True))
+    ]
+    assert tier.read_many([]) == []
+
+
+def test_only_the_bytes_asked_for_travel(one: redis_process.RedisProcess, make: MakeRedis) -> None:
+    tier = make(one)
+    key = ObjectKey(LAYOUT.namespace_id, bytes(32), 0)
+    tier.put(key, bytes(32), bytes(1 << 20))
+
+    def sent() -> int:
+        statistics = one.command("INFO", "stats").decode()
+        return int(statistics.split("total_net_output_bytes:")[1].split()[0])
+
+    before = sent()
+    data = tier.read(key, 1000)
+    assert data is not None
+    assert bytes(data) == bytes(1000)
+    assert sent() - before < 10_000
+
+
+# Time to live
+
+
+def ttl_s(server: Server, name: bytes) -> int:
+    found: int = home_of(server, name).command("TTL", name)
+    return found
+
+
+def test_a_use_prolongs_the_time_to_live_and_a_question_does_not(server: Server, make: MakeRedis) -> None:
+    tier = make(server, ttl_s=1000)
+    chunk = CHUNKS["high"][0]
+    key, name = put(tier, chunk), name_of(chunk)
+    assert 990 < ttl_s(server, name) <= 1000
+    home_of(server, name).command("EXPIRE", name, 50)
+    tier.find(LAYOUT.namespace_id, [chunk.hash], 0)
+    tier.truncate(key, codec.parse_header(chunk.blob).layer_bytes[0])
+    assert 40 < ttl_s(server, name) <= 50
+    tier.read(key, 10)
+    assert 990 < ttl_s(server, name) <= 1000
+    assert tier.read(key_of(CHUNKS["raw"][1]), 10) is None
+    assert home_of(server, name_of(CHUNKS["raw"][1])).command("EXISTS", name_of(CHUNKS["raw"][1])) == 0
+
+
+def test_what_has_expired_is_a_miss(server: Server, make: MakeRedis, told: Told) -> None:
+    tier = make(server, ttl_s=1000)
+    put(tier, CHUNKS["low"][0])
+    name = name_of(CHUNKS["low"][0])
+    home_of(server, name).command("PEXPIREAT", name, 1)
+    assert whole(tier, CHUNKS["low"][0]) is None
+    assert tier.find(LAYOUT.namespace_id, hashes(CHUNKS["low"]), 0) == []
+    assert not told.failures
+    assert not told.damages
+
+
+def test_without_a_time_to_live_there_is_none(server: Server, make: MakeRedis) -> None:
+    tier = make(server, ttl_s=0)
+    put(tier, CHUNKS["low"][0])
+    assert whole(tier, CHUNKS["low"][0]) == CHUNKS["low"][0].blob
+    assert ttl_s(server, name_of(CHUNKS["low"][0])) == -1
+
+
+# Strangers' values
+
+
+def spoilt(server: Server, chunk: kv.StoredChunk, value: bytes) -> None:
+    home_of(server, name_of(chunk)).command("SET", name_of(chunk), value)
+
+
+def gone(server: Server, chunk: kv.StoredChunk) -> bool:
+    return not home_of(server, name_of(chunk)).command("EXISTS", name_of(chunk))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ask", ["read", "find"])
+def test_garbage_and_cut_values_of_every_length_are_misses_and_go(
+    one: redis_process.RedisProcess, make: MakeRedis, told: Told, ask: str
+) -> None:
+    tier = make(one)
+    chunk = CHUNKS["low"][0]
+    value = wrap(key_of(chunk), chunk.ref.parent, chunk.blob)
+    rng = random.Random(5)
+    for length in range(len(value)):
+        for bad in (value[:length], rng.randbytes(length), value[:ENVELOPE_BYTES] + rng.randbytes(length)):
+            if len(bad) == len(value) or not bad:
+                continue  # of the right length: damage inside the object, which its own checksums find
+            spoilt(one, chunk, bad)
+            if ask == "read":
+                assert tier.read(key_of(chunk), min(length, 100)) is None, length
+            else:
+                assert tier.find(LAYOUT.namespace_id, [chunk.hash], 0) == [], length
+            assert gone(one, chunk), length
+    assert set(told.damages) == {"foreign", "truncated"}
+    put(tier, chunk)
+    assert whole(tier, chunk) == chunk.blob
+
+
+@pytest.mark.slow
+def test_every_flipped_bit_of_an_envelope_is_a_miss(
+    one: redis_process.RedisProcess, make: MakeRedis, told: Told
+) -> None:
+    tier = make(one)
+    chunk = CHUNKS["low"][0]
+    value = wrap(key_of(chunk), chunk.ref.parent, chunk.blob)
+    for bit in range(8 * ENVELOPE_BYTES):
+        bad = bytearray(value)
+        bad[bit // 8] ^= 1 << bit % 8
+        spoilt(one, chunk, bytes(bad))
+        assert whole(tier, chunk) is None
+        assert gone(one, chunk) == (bit // 8 not in VERSION_BYTES), "another version's value is left alone"
+    assert told.damages == {"foreign": 64, "version": 16, "checksum": 432}
+
+
+@pytest.mark.slow
+def test_every_flipped_bit_of_an_object_header_is_found_by_find(
+    one: redis_process.RedisProcess, make: MakeRedis, told: Told
+) -> None:
+    tier = make(one)
+    chunk = CHUNKS["low"][0]
+    value = wrap(key_of(chunk), chunk.ref.parent, chunk.blob)
+    for bit in range(8 * codec.HEADER_BYTES):
+        bad = bytearray(value)
+        bad[ENVELOPE_BYTES + bit // 8] ^= 1 << bit % 8
+        spoilt(one, chunk, bytes(bad))
+        assert tier.find(LAYOUT.namespace_id, [chunk.hash], 0) == []
+    assert told.damages["header"] + told.damages["version"] == 8 * codec.HEADER_BYTES
+    assert told.damages["header"] > 7 * codec.HEADER_BYTES
+
+
+def test_an_object_copied_to_another_key_is_a_miss(server: Server, make: MakeRedis, told: Told) -> None:
+    tier = make(server)
+    good, other = CHUNKS["low"][:2]
+    spoilt(server, other, wrap(key_of(good), good.ref.parent, good.blob))
+    assert tier.read(key_of(other), 1) is None
+    assert gone(server, other)
+    spoilt(server, other, wrap(key_of(other), good.ref.parent, good.blob))
+    assert tier.find(LAYOUT.namespace_id, [other.hash], 0) == []
+    assert gone(server, other)
+    assert told.damages == {"checksum": 1, "header": 1}
+
+
+@pytest.mark.parametrize("ask", ["read", "find", "truncate"])
+def test_a_key_that_holds_no_string_is_a_miss_and_goes(server: Server, make: MakeRedis, told: Told, ask: str) -> None:
+    tier = make(server, ttl_s=100)
+    chunk = CHUNKS["low"][0]
+    home_of(server, name_of(chunk)).command("RPUSH", name_of(chunk), "x")
+    if ask == "read":
+        assert tier.read(key_of(chunk), 1) is None
+    elif ask == "find":
+        assert tier.find(LAYOUT.namespace_id, [chunk.hash], 0) == []
+    else:
+        assert not tier.truncate(key_of(chunk), 1)
+    assert gone(server, chunk)
+    assert told.damages == {"type": 1}
+
+
+def test_an_object_of_a_later_format_is_left_alone(server: Server, make: MakeRedis, told: Told) -> None:
+    tier = make(server)
+    chunk = CHUNKS["low"][0]
+    later = bytearray(chunk.blob)
+    later[4] += 1  # the object format's version
+    spoilt(server, chunk, wrap(key_of(chunk), chunk.ref.parent, later))
+    assert tier.find(LAYOUT.namespace_id, [chunk.hash], 0) == []
+    assert not gone(server, chunk)
+    assert told.damages == {"version": 1}
+
+
+def test_what_another_node_puts_right_meanwhile_stays(server: Server, make: MakeRedis) -> None:
+    """The damaged value is deleted only if it is still there."""
+    good = make(server)
+    chunk = CHUNKS["low"][0]
+
+    class Meanwhile(Told):
+        def damaged(self, reason: str) -> None:
+            super().damaged(reason)
+            put(good, chunk)
+
+    told = Meanwhile()
+    tier = redis_tier(server, told)
+    spoilt(server, chunk, b"garbage")
+    assert tier.read(key_of(chunk), 1) is None
+    assert told.damages == {"foreign": 1}
+    assert whole(tier, chunk) == chunk.blob
+    tier.close()
+
+
+def test_a_truncation_does_not_touch_what_another_node_put_meanwhile(
+    server: Server, make: MakeRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = make(server)
+    worse, better = CHUNKS["high"][0], CHUNKS["raw"][0]
+    put(tier, worse)
+    real = redis_format.seal
+
+    def meanwhile(key: ObjectKey, envelope: Envelope) -> bytes:
+        put(tier, better)
+        return real(key, envelope)
+
+    monkeypatch.setattr(kvstore.tiers.redis, "seal", meanwhile)
+    assert not tier.truncate(key_of(worse), codec.parse_header(worse.blob).layer_bytes[0])
+    assert whole(tier, better) == better.blob
+
+
+# Sharing
+
+
+def test_a_tier_that_only_reads_changes_nothing(server: Server, make: MakeRedis) -> None:
+    writer, reader = make(server), make(server, ttl_s=100, read_only=True)
+    chunk, bad = CHUNKS["low"][:2]
+    key = put(writer, chunk)
+    spoilt(server, bad, b"garbage")
+    assert whole(reader, chunk) == chunk.blob
+    assert ttl_s(server, name_of(chunk)) == -1
+    assert reader.read(key_of(bad), 1) is None
+    assert not gone(server, bad)
+    changes: list[Callable[[], object]] = [
+        lambda: put(reader, chunk), lambda: reader.delete(key), lambda: reader.purge(key.namespace_id),
+        lambda: reader.truncate(key, 1),
+    ]  # fmt: skip
+    for change in changes:
+        with pytest.raises(TierFailed, match="redis_write"):
+            change()
+    assert whole(writer, chunk) == chunk.blob
+
+
+def test_two_prefixes_share_nothing(server: Server, make: MakeRedis) -> None:
+    ours, theirs = make(server, prefix="ours"), make(server, prefix="theirs")
+    put(ours, CHUNKS["low"][0])
+    assert whole(theirs, CHUNKS["low"][0]) is None
+    assert theirs.purge(LAYOUT.namespace_id) == 0
+    assert whole(ours, CHUNKS["low"][0]) == CHUNKS["low"][0].blob
+
+
+@pytest.mark.slow
+def test_purge_takes_one_namespace_and_nothing_else(server: Server, make: MakeRedis) -> None:
+    tier = make(server)
+    rng = random.Random(6)
+    doomed, kept = ([ObjectKey(name, rng.randbytes(32), 0) for _ in range(1500)] for name in (b"d" * 32, b"k" * 32))
+    for key in doomed + kept:
+        tier.put(key, bytes(32), b"x")
+    home_of(server, b"others").command("SET", b"others", b"x")
+    assert tier.purge(b"d" * 32) == len(doomed)
+    assert tier.purge(b"d" * 32) == 0
+    assert tier.probe()
+    assert tier.objects == len(kept) + 1
+
+
+def test_delete_many_counts_what_was_there(server: Server, make: MakeRedis) -> None:
+    tier = make(server)
+    keys = [put(tier, chunk) for chunk in CHUNKS["low"][:4]]
+    assert tier.delete_many([*keys, key_of(CHUNKS["low"][5])]) == 4
+    assert tier.delete_many([]) == 0
+    assert [whole(tier, chunk) for chunk in CHUNKS["low"]] == [None] * 6
+
+
+def test_the_largest_object_and_one_byte_more(server: Server, make: MakeRedis) -> None:
+    tier = make(server, timeout_s=2.0)
+    key = ObjectKey(LAYOUT.namespace_id, bytes(32), 0)
+    largest = random.Random(7).randbytes(OBJECT_BYTES_MAX)
+    tier.put(key, bytes(32), largest)
+    with pytest.raises(TierFull):
+        tier.put(key, bytes(32), largest + b"x")
+    data = tier.read(key, len(largest))
+    assert data is not None
+    assert bytes(data) == largest
+
+
+def test_room_is_what_redis_says(server: Server, make: MakeRedis) -> None:
+    tier = make(server)
+    servers = server.masters if isinstance(server, redis_process.RedisCluster) else [server]
+    assert (tier.used_bytes, tier.capacity_bytes, tier.objects) == (0, 0, 0), "nothing was asked yet"
+    for each in servers:
+        each.command("CONFIG", "SET", "maxmemory", 100 << 20)
+    put(tier, CHUNKS["raw"][0])
+    assert tier.probe()
+    assert tier.capacity_bytes == len(servers) * (100 << 20)
+    assert tier.used_bytes > len(servers) * 500_000
+    assert tier.objects == 1
+    for each in servers:
+        each.command("CONFIG", "SET", "maxmemory", 0)
+
+
+def test_readers_see_whole_versions_while_writers_replace_them(server: Server, make: MakeRedis) -> None:
+    """Every thread's reads are of one version, whole; nothing is taken for damaged."""
+    told = Told()
+    tier = redis_tier(server, told, timeout_s=5.0)
+    versions = {len(CHUNKS[quality][0].blob): CHUNKS[quality][0] for quality in CHUNKS}
+    assert len(versions) == 3
+    key = put(tier, CHUNKS["raw"][0])
+    stop = threading.Event()
+    wrong: list[object] = []
+
+    def write(seed: int) -> None:
+        rng = random.Random(seed)
+        while not stop.is_set():
+            put(tier, rng.choice(list(versions.values())))
+
+    def read() -> None:
+        for _ in range(300):
+            for found in tier.find(LAYOUT.namespace_id, [key.chunk_hash], 0):
+                data = tier.read(key, found.length)
+                if data is not None and bytes(data) not in [c.blob[: found.length] for c in versions.values()]:
+                    wrong.append(found)
+
+    writers = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for thread in writers + readers:
+        thread.start()
+    for thread in readers:
+        thread.join()
+    stop.set()
+    for thread in writers:
+        thread.join()
+    assert not wrong
+    assert not told.failures
+    tier.close()
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["low", "high", "raw", "delete", "truncate", "damage"]), st.integers(0, 5)), max_size=30
+)
+
+
+@pytest.mark.slow
+@given(operations=operations)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_sequence_against_a_dict(server: Server, operations: list[tuple[str, int]]) -> None:
+    flush(server)
+    tier = redis_tier(server, timeout_s=5.0)
+    model: dict[int, bytes] = {}
+    for what, number in operations:
+        chunk = CHUNKS["raw"][number]
+        if what == "delete":
+            assert tier.delete(key_of(chunk)) == (model.pop(number, None) is not None)
+        elif what == "truncate":
+            held = model.get(number, b"")
+            length = codec.parse_header(held).layer_bytes[0] if held else 1
+            assert tier.truncate(key_of(chunk), length) == bool(held)
+            if held:
+                model[number] = held[:length]
+        elif what == "damage":
+            spoilt(server, chunk, b"KVCREDIS\1" + bytes(100))
+            model.pop(number, None)
+        else:
+            put(tier, CHUNKS[what][number])
+            model[number] = CHUNKS[what][number].blob
+        prefix = next((n for n in range(6) if n not in model), 6)
+        found = tier.find(LAYOUT.namespace_id, hashes(CHUNKS["raw"]), 0)
+        assert [each.length for each in found] == [len(model[n]) for n in range(prefix)]
+        wanted = [(key_of(CHUNKS["raw"][n]), len(model.get(n, b"x"))) for n in range(6)]
+        read = tier.read_many(wanted)
+        assert [None if data is None else bytes(data) for data in read] == [model.get(n) for n in range(6)]
+    tier.close()
