@@ -1,262 +1,302 @@
-"""Objects on a local file system, one file each (docs/design/0001).
+"""Objects on a local file system, in append segments with an index file (docs/design/0011).
 
-    ROOT/lock                     held while a node uses ROOT
-    ROOT/objects/ab/NAME.kvc      the object's bytes, then a trailer of 64 bytes
-    ROOT/tmp/                     files being written; emptied at every start
-    ROOT/namespaces/ID.json       layouts (engine/namespaces.py)
+A put appends its objects to a segment, syncs it, writes their slots in the index, and syncs that: then they are
+durable, and visible. A process killed, or a machine losing power, at any instant leaves each object whole or absent,
+and opening gives back whatever was under way (disk_recovery.py). In memory an object costs an entry of a dict of ints
+and two columns of 8 bytes (docs/performance.md has the sum); its key is in the index file and in the object.
 
-A file becomes an object by `rename` after `fsync`, then its directory is synced: a process killed, or a machine
-losing power, at any instant leaves the object whole or absent. Opening ROOT removes whatever is not an object, so a
-directory that holds folders of these names but no lock is refused.
-The trailer carries what the object's own bytes do not say, and a checksum over itself:
-
-    magic "KVCTAIL1" (8) · object bytes u64 · parent hash (32) · 0 u64 · XXH3-64 of the 56 bytes before
+A medium that fails does not take the node with it: after a failed write the tier is `read_only`, after failed reads in
+a row it is `off`, and from time to time one call tries whether that is over (circuit.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import logging
 import os
-import shutil
-import struct
-from collections.abc import Iterator
+import random
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-import xxhash
+import numpy as np
+from numpy.typing import NDArray
 
 import kvstore_codec as codec
 from kvstore.errors import DiskUnusable, TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
+from kvstore.tiers import disk_root
 from kvstore.tiers.base import Bytes, StoredObject
+from kvstore.tiers.circuit import Circuit
+from kvstore.tiers.disk_index import SLOT_BYTES, IndexFile, Slot, fingerprint
+from kvstore.tiers.disk_recovery import recover
+from kvstore.tiers.disk_segments import Segments, sync_directory
+from kvstore.tiers.disk_writer import BLOCK_BYTES, blocks_of
 
 log = logging.getLogger(__name__)
 
-BLOCK_BYTES = 4096  # files take whole blocks
-_TRAILER = struct.Struct("<8sQ32sQQ")
-_MAGIC = b"KVCTAIL1"
-_SUFFIX = ".kvc"
+State = Literal["ok", "read_only", "off"]
+
+READ_FAILURES_MAX = 8  # in a row; a single bad sector is a miss, not the end of the disk
+#: Pages of the index that few objects keep are not in what an object costs: beyond this share, the tier counts as full.
+_OVER_CAPACITY_MAX = 0.01
+
+
+class NewObject(NamedTuple):
+    """An object, or its prefix up to the end of a quality layer."""
+
+    key: ObjectKey
+    parent: bytes
+    data: Bytes
 
 
 class DiskTier:
-    """Raises DiskUnusable from the constructor when ROOT cannot be used or another node uses it."""
+    """Raises DiskUnusable from the constructor when ROOT cannot be used or another node uses it.
+
+    One thread calls what changes the tier, any may read."""
 
     name = "disk"
 
-    def __init__(self, root: Path, capacity_bytes: int) -> None:
+    def __init__(
+        self, root: Path, capacity_bytes: int, *, clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:  # fmt: skip
         self.capacity_bytes = capacity_bytes
-        self._objects_dir, self._tmp_dir = root / "objects", root / "tmp"
-        self._sizes: dict[ObjectKey, int] = {}
-        self._used_bytes = 0
-        self._serial = 0
+        rng = rng or random.Random()
+        self._writing, self._reading = Circuit(clock, rng, 1), Circuit(clock, rng, READ_FAILURES_MAX)
+        self._stray_bytes = 0  # what the medium would not give back
         self._unrecorded_uses = 0
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _refuse_foreign(root, self._objects_dir, self._tmp_dir)
-            self._lock = _lock(root / "lock")
+        with contextlib.ExitStack() as opened:
             try:
-                self._prepare(root)
-            except BaseException:
-                self.close()
-                raise
-        except OSError as error:
-            raise DiskUnusable(
-                f"disk_path {root} cannot be used: {error.strerror}: choose a directory that this process may write"
-            ) from error
+                self._lock = disk_root.claim(root)
+                opened.callback(os.close, self._lock)
+                disk_root.check_file_system(root, self._lock)
+                disk_root.remove_old_format(root)
+                folder = root / "segments"
+                folder.mkdir(exist_ok=True)
+                self._index = IndexFile(root / "index")
+                opened.callback(self._index.close)
+                self._segments = Segments(folder)
+                sync_directory(root)
+                found = recover(self._index, self._segments, folder)
+            except OSError as error:
+                raise DiskUnusable(
+                    f"disk_path {root} cannot be used: {error.strerror}: choose a directory that this process may write"
+                ) from error
+            opened.pop_all()
+        # The dict leads to a slot; the columns are indexed by it.
+        self._slots = dict(zip(found.fingerprints.tolist(), found.slots.tolist(), strict=True))
+        self._places = _column(self._index.slots, found.slots, found.places)
+        self._lengths = _column(self._index.slots, found.slots, found.lengths)
+        blocks = int((-(-found.lengths // BLOCK_BYTES)).sum())
+        self._used_bytes = blocks * BLOCK_BYTES + len(found.slots) * SLOT_BYTES
 
     @property
     def used_bytes(self) -> int:
-        return self._used_bytes
+        return self._used_bytes + self._stray_bytes
+
+    @property
+    def stray_bytes(self) -> int:
+        """What the medium would not give back; part of `used_bytes` until the next start."""
+        return self._stray_bytes
 
     @property
     def objects(self) -> int:
-        return len(self._sizes)
+        return len(self._slots)
+
+    @property
+    def state(self) -> State:
+        """`read_only` after a failed write, `off` after failed reads, until one succeeds."""
+        if self._reading.state != "closed":
+            return "off"
+        return "ok" if self._writing.state == "closed" else "read_only"
 
     def cost_bytes(self, length: int) -> int:
-        return -(-(length + _TRAILER.size) // BLOCK_BYTES) * BLOCK_BYTES
+        """Whole blocks, and a slot of the index."""
+        return blocks_of(length) * BLOCK_BYTES + SLOT_BYTES
 
     def put(self, key: ObjectKey, parent: bytes, data: Bytes) -> None:
-        cost = self.cost_bytes(len(data))
+        self.put_many([NewObject(key, parent, data)])
+
+    def put_many(self, objects: Sequence[NewObject]) -> None:
+        """Stores or replaces all of them, with one sync of data and one of the index, or none.
+
+        Raises TierFull and TierFailed as `put` does, codec.ObjectError for what is no object."""
+        slots = [_slot_for(each) for each in objects]
+        cost = sum(self.cost_bytes(len(each.data)) for each in objects)
         # While it is written, a replacement stands beside what it replaces.
-        if self._used_bytes + cost > self.capacity_bytes:
-            raise TierFull("disk tier has no room", needed=cost, free=self.capacity_bytes - self._used_bytes)
-        path = self._path(key)
-        self._serial += 1
-        temporary = self._tmp_dir / f"{self._serial}"
+        if self.used_bytes + cost > self.capacity_bytes or self._over_capacity(cost):
+            raise TierFull("disk tier has no room", needed=cost, free=self.capacity_bytes - self.used_bytes)
+        if not self._writing.allow():
+            raise TierFailed("disk tier takes no writes for now, after one that failed", state=self.state)
         try:
-            with temporary.open("wb", buffering=0) as file:
-                _write_all(file.fileno(), [data, _trailer(len(data), parent)])
-                os.fsync(file.fileno())
-            temporary.rename(path)
-            self._used_bytes += cost - self._sizes.get(key, 0)
-            self._sizes[key] = cost
+            places = self._segments.append([each.data for each in objects])
             try:
-                _sync_directory(path.parent)
+                numbers = self._enter(slots, places)
             except OSError:
-                self.delete(key)  # it may not outlive a loss of power: better none than one that is not durable
+                self._segments.retract(places)
                 raise
         except OSError as error:
-            with contextlib.suppress(OSError):  # the first error is the one to report; the next start empties tmp
-                temporary.unlink(missing_ok=True)
-            raise TierFailed(f"disk tier cannot write: {error.strerror}", errno=error.errno) from error
+            raise self._write_failed(error) from error
+        if self._writing.succeed():
+            log.warning("disk tier takes writes again")
+        for each, number, (segment, block) in zip(objects, numbers, places, strict=True):
+            self._show(fingerprint(each.key), number, segment << 32 | block, len(each.data))
 
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
         """Raises TierFailed where the medium cannot be read."""
-        try:
-            with self._path(key).open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size - _TRAILER.size < length:
-                    return None
-                data = bytearray(length)
-                view, at = memoryview(data), 0
-                while at < length:
-                    count = file.readinto(view[at:])
-                    if not count:
-                        return None
-                    at += count
-                self._record_use(file.fileno())
-                return view
-        except FileNotFoundError:
+        name = fingerprint(key)
+        slot = self._slots.get(name)
+        if slot is None:
             return None
+        place = self._places[slot]
+        if self._lengths[slot] < length:
+            return None
+        if not self._reading.allow():
+            raise TierFailed("disk tier is off for now, after reads that failed", state=self.state)
+        try:
+            data = self._segments.read(divmod(place, 1 << 32), length)
         except OSError as error:
+            healthy = self._reading.state == "closed"
+            if self._reading.fail() and healthy:
+                log.warning("disk tier is off: %s; one read tries again from time to time", error.strerror)
             raise TierFailed(f"disk tier cannot read: {error.strerror}", errno=error.errno) from error
+        if self._reading.succeed():
+            log.warning("disk tier can be read again")
+        # Meanwhile it may have gone, or been replaced or cut: places are not used again, so this tells.
+        if self._slots.get(name) != slot or self._places[slot] != place or self._lengths[slot] < length:
+            return None
+        self._record_use(slot)
+        return data
+
+    def truncate(self, key: ObjectKey, length: int) -> bool:
+        """Raises TierFailed where the medium refuses: the object is as it was."""
+        slot = self._slots.get(fingerprint(key))
+        if slot is None:
+            return False
+        held = self._lengths[slot]
+        if length >= held:
+            return True
+        place = divmod(self._places[slot], 1 << 32)
+        try:
+            content = self._index.read(slot)
+            if content is None:
+                raise OSError(errno.EIO, "its entry in the index is damaged")
+            self._index.write(slot, content._replace(length=length))
+        except OSError as error:
+            raise TierFailed(f"disk tier cannot truncate: {error.strerror}", errno=error.errno) from error
+        self._lengths[slot] = length
+        self._used_bytes -= self.cost_bytes(held) - self.cost_bytes(length)
+        self._give_back(place, blocks_of(length), held)
+        return True
 
     def delete(self, key: ObjectKey) -> bool:
-        """Raises TierFailed where the medium refuses."""
+        """Raises TierFailed where the medium refuses: the object is still there."""
+        name = fingerprint(key)
+        slot = self._slots.pop(name, None)
+        if slot is None:
+            return False
         try:
-            self._path(key).unlink()
-            found = True
-        except FileNotFoundError:
-            found = False
+            self._index.free(slot)
         except OSError as error:
+            self._slots[name] = slot
             raise TierFailed(f"disk tier cannot delete: {error.strerror}", errno=error.errno) from error
-        self._used_bytes -= self._sizes.pop(key, 0)
-        return found
+        self._forget(slot)
+        return True
 
     def scan(self) -> Iterator[StoredObject]:
-        """Counts what is there and removes what is no object. Raises TierFailed."""
-        found: list[tuple[int, Path, StoredObject]] = []
-        removed = 0
+        """Raises TierFailed. Holds 256 bytes an object in memory while it runs."""
         try:
-            for directory in self._objects_dir.iterdir():
-                for path in directory.iterdir():
-                    stored = _read_stored(path)
-                    if stored is None or path != self._path(stored.key):
-                        _remove(path)
-                        removed += 1
-                        continue
-                    status = path.stat()
-                    self._sizes[stored.key] = self.cost_bytes(stored.header.object_bytes)
-                    self._used_bytes += self._sizes[stored.key]
-                    found.append((status.st_mtime_ns, path, stored))
+            yield from self._index.stored()
         except OSError as error:
             raise TierFailed(f"disk tier cannot be scanned: {error.strerror}", errno=error.errno) from error
-        if removed:
-            log.warning("removed %d files under %s that are no intact objects", removed, self._objects_dir)
-        return iter([stored for _, _, stored in sorted(found, key=lambda each: each[:2])])
 
     def close(self) -> None:
+        self._segments.close()
+        self._index.close()
         os.close(self._lock)
 
-    def _prepare(self, root: Path) -> None:
-        shutil.rmtree(self._tmp_dir, ignore_errors=True)
-        self._tmp_dir.mkdir()
-        self._objects_dir.mkdir(exist_ok=True)
-        names = {f"{prefix:02x}" for prefix in range(256)}
-        for path in self._objects_dir.iterdir():
-            if path.name not in names or path.is_symlink() or not path.is_dir():
-                log.warning("removed %s: not a folder of objects", path)
-                _remove(path)
-        for name in names:
-            (self._objects_dir / name).mkdir(exist_ok=True)
-        for directory in (self._objects_dir, root):
-            _sync_directory(directory)
+    def _enter(self, contents: Sequence[Slot], places: Sequence[tuple[int, int]]) -> list[int]:
+        """The slots of objects just appended, synced. Raises OSError; then none has any."""
+        taken: list[int] = []
+        try:
+            for content, (segment, block) in zip(contents, places, strict=True):
+                taken.append(self._index.take())
+                last_use = self._index.next_use()
+                self._index.write(taken[-1], content._replace(segment=segment, block=block, last_use=last_use))
+            self._index.sync()
+        except OSError:
+            for slot in taken:
+                with contextlib.suppress(OSError):  # the first error is reported; this names a hole, so it goes later
+                    self._index.free(slot)
+            raise
+        return taken
 
-    def _record_use(self, descriptor: int) -> None:
+    def _show(self, name: int, slot: int, place: int, length: int) -> None:
+        """Makes an object readable; what it replaces goes."""
+        if slot >= len(self._places):
+            self._places.append(0)
+            self._lengths.append(0)
+        self._places[slot], self._lengths[slot] = place, length
+        replaced = self._slots.get(name)
+        self._slots[name] = slot
+        self._used_bytes += self.cost_bytes(length)
+        if replaced is not None:
+            try:
+                self._index.free(replaced)
+            except OSError as error:  # the next start sees which of the two is older
+                log.warning("disk tier cannot clear what was replaced: %s", error.strerror)
+            self._forget(replaced)
+
+    def _forget(self, slot: int) -> None:
+        place, length = self._places[slot], self._lengths[slot]
+        self._used_bytes -= self.cost_bytes(length)
+        self._give_back(divmod(place, 1 << 32), 0, length)
+
+    def _give_back(self, place: tuple[int, int], skip: int, length: int) -> None:
+        try:
+            self._segments.release(place, skip, length)
+        except OSError as error:
+            if not self._stray_bytes:
+                log.warning("disk tier cannot free blocks: %s; they stay taken until a restart", error.strerror)
+            self._stray_bytes += (blocks_of(length) - skip) * BLOCK_BYTES
+
+    def _over_capacity(self, cost: int) -> bool:
+        spread_bytes = self._index.taken_bytes - self.objects * SLOT_BYTES - 2 * BLOCK_BYTES
+        return self.used_bytes + cost + spread_bytes > self.capacity_bytes * (1 + _OVER_CAPACITY_MAX)
+
+    def _write_failed(self, error: OSError) -> TierFailed:
+        healthy = self._writing.state == "closed"
+        self._writing.fail()
+        if healthy:
+            log.warning("disk tier is read-only: %s; one write tries again from time to time", error.strerror)
+        return TierFailed(f"disk tier cannot write: {error.strerror}", errno=error.errno)
+
+    def _record_use(self, slot: int) -> None:
         """The order of use outlives the process, where the file system lets it."""
         try:
-            os.utime(descriptor)
+            self._index.touch(slot)
         except OSError as error:
             if not self._unrecorded_uses:
                 log.warning("uses of objects cannot be recorded: %s; after a restart others go first", error.strerror)
             self._unrecorded_uses += 1
 
-    def _path(self, key: ObjectKey) -> Path:
-        name = f"{key.chunk_hash.hex()}-{key.part}-{key.namespace_id.hex()}{_SUFFIX}"
-        return self._objects_dir / key.chunk_hash[:1].hex() / name
+
+def _slot_for(new: NewObject) -> Slot:
+    """Without its place. Raises codec.ObjectError for what is no object or another one, ends inside a quality layer."""
+    header_bytes = bytes(memoryview(new.data)[: codec.HEADER_BYTES])
+    header = codec.parse_header(header_bytes)
+    header.layers_in(len(new.data))
+    if ObjectKey(header.namespace_id, header.chunk_hash, header.part) != new.key:
+        raise codec.ForeignObject("the object is another than its key says", found=header.chunk_hash.hex()[:16])
+    return Slot(header_bytes, new.parent, 0, 0, len(new.data), 0)
 
 
-def _trailer(length: int, parent: bytes) -> bytes:
-    body = _TRAILER.pack(_MAGIC, length, parent, 0, 0)[:-8]
-    return body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little")
-
-
-def _read_stored(path: Path) -> StoredObject | None:
-    """Header and trailer of an object's file; None where it is not one."""
-    if path.suffix != _SUFFIX or not path.is_file() or path.is_symlink():
-        return None
-    with path.open("rb", buffering=0) as file:
-        head = file.read(codec.HEADER_BYTES)
-        end = file.seek(0, os.SEEK_END)
-        if end < codec.HEADER_BYTES + _TRAILER.size:
-            return None
-        file.seek(end - _TRAILER.size)
-        tail = file.read(_TRAILER.size)
-    magic, length, parent, _, checksum = _TRAILER.unpack(tail)
-    if magic != _MAGIC or checksum != xxhash.xxh3_64_intdigest(tail[:-8]) or length != end - _TRAILER.size:
-        return None
-    try:
-        header = codec.parse_header(head)
-    except codec.ObjectError:
-        return None
-    if header.object_bytes != length:
-        return None
-    return StoredObject(ObjectKey(header.namespace_id, header.chunk_hash, header.part), parent, header)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _write_all(descriptor: int, buffers: list[Bytes]) -> None:
-    """All of the buffers; a file system may take less at a time."""
-    views = [memoryview(buffer) for buffer in buffers]
-    while views:
-        written = os.writev(descriptor, views)
-        while views and written >= len(views[0]):
-            written -= len(views.pop(0))
-        if views and written:
-            views[0] = views[0][written:]
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _refuse_foreign(root: Path, *folders: Path) -> None:
-    """What a node finds in its folders it removes: they must not be somebody else's."""
-    for folder in folders:
-        if folder.exists() and not (root / "lock").exists():
-            raise DiskUnusable(
-                f"disk_path {root} has a folder {folder.name} but no file lock, so no node made it: choose an empty "
-                "directory, or create the file if this one was a node's"
-            )
-
-
-def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise DiskUnusable(
-            f"disk_path {path.parent} is in use by another node: stop that node or choose another disk_path"
-        ) from None
-    return descriptor
+def _column(slots: int, where: NDArray[np.int64], values: NDArray[np.int64]) -> array[int]:
+    """Values by slot, in an array that grows and is quick to index (twice as quick as NumPy's)."""
+    column = np.zeros(slots, np.uint64)
+    column[where] = values
+    return array("Q", column.tobytes())
