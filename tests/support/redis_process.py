@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import redis
 from polling import wait_until
@@ -42,7 +43,8 @@ class RedisProcess:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._options, self._tls, self._password = folder, options, tls, password
         (self.port,) = free_ports(1)
-        self.url = f"{'rediss' if tls else 'redis'}://{f':{password}@' if password else ''}{HOST}:{self.port}"
+        secret = f":{quote(password, safe='')}@" if password else ""
+        self.url = f"{'rediss' if tls else 'redis'}://{secret}{HOST}:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
         self._client: redis.Redis | None = None
         self.start()
@@ -59,8 +61,8 @@ class RedisProcess:
     def command(self, *words: Any) -> Any:
         return self.client.execute_command(*words)  # type: ignore[no-untyped-call]
 
-    def start(self) -> None:
-        """Returns once it answers."""
+    def start(self, *, wait: bool = True) -> None:
+        """Returns once it answers, or at once."""
         listen = ["--port", str(self.port)]
         if self._tls is not None:
             listen = ["--port", "0", "--tls-port", str(self.port), *self._tls.server_options]
@@ -73,6 +75,10 @@ class RedisProcess:
                 ],
                 stdout=log, stderr=log,
             )  # fmt: skip
+        if wait:
+            self.wait()
+
+    def wait(self) -> None:
         wait_until(self.answers, f"redis-server answers; see {self.folder / 'log'}", deadline_s=START_S_MAX)
 
     def answers(self) -> bool:

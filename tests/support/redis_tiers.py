@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from redis_process import RedisCluster, RedisProcess
 
@@ -42,8 +42,14 @@ class Told:
 NOTHING = Credentials()
 
 
+class Addressed(Protocol):
+    """Something that a redis_url leads to."""
+
+    url: str
+
+
 def redis_tier(
-    server: RedisProcess | RedisCluster, told: Told | None = None, *, credentials: Credentials = NOTHING, **options: Any
+    server: Addressed, told: Told | None = None, *, credentials: Credentials = NOTHING, **options: Any
 ) -> RedisTier:
     """A tier on `server`; its jitter follows from a seed."""
     options.setdefault("cluster", isinstance(server, RedisCluster))
