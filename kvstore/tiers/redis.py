@@ -78,7 +78,8 @@ class Events(Protocol):
         """A value under one of our keys was no object: foreign, checksum, truncated, version, header or type."""
 
     def circuit(self, server: str, state: State) -> None:
-        """A server is not asked for a while ("open"), or answers again ("closed")."""
+        """A server is not asked for a while ("open"), or answers again ("closed"). To be counted: how things are now
+        is in `RedisTier.states`, since threads may be late to tell."""
 
 
 class _Value(NamedTuple):
@@ -197,7 +198,9 @@ class RedisTier:
         return found
 
     def truncate(self, key: ObjectKey, length: int) -> bool:
-        """Keeps the first `length` bytes of an object and its time to live; whether it was there. Raises TierFailed."""
+        """Keeps the first `length` bytes of an object and its time to live; whether it was there.
+
+        Raises TierFull where Redis, at its maxmemory, runs no script that writes, and TierFailed."""
         name = self._name(key)
         with self._servers.limits.call(), self._dropping() as damaged:
             self._refuse_if_read_only()
@@ -225,7 +228,9 @@ class RedisTier:
     def purge(self, namespace_id: bytes) -> int:
         """Deletes a namespace on every server; how many objects went. It takes as many calls as there are keys in
         Redis, by the thousand. Raises TierFailed where a server does not answer to the end."""
-        self._servers.ask_each([("PING",)])  # so that the masters of a Cluster are known
+        for answer in self._servers.ask_each([("PING",)]).values():  # and so every master of a Cluster is known
+            if isinstance(answer, Failure):
+                self._raise("purge", answer)
         return sum(self._purge_server(server, namespace_id) for server in self._servers.servers)
 
     def scan(self) -> Iterator[StoredObject]:

@@ -80,9 +80,11 @@ class RedisServers:
             return plain
 
     def ask_each(self, commands: Sequence[Command]) -> dict[RedisServer, Answer]:
-        """The same commands to every master."""
+        """The same commands to every master; where those are not known, the reason, for each node to ask first."""
         with self.limits.call():
             self._learn_if_stale()
+            if self._cluster and not self._owners:
+                return dict.fromkeys(self._first, self._unowned)
             servers = self.servers
             jobs = [Job(b"", tuple(commands))] * len(servers)
             answers = self._ask(jobs, servers)

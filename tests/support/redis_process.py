@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import redis
 from polling import wait_until
+from redis.crc import key_slot
 
 BINARY = "redis-server"
 START_S_MAX = 20.0
@@ -136,13 +137,17 @@ class RedisCluster:
             master.stop(signal.SIGKILL)
 
     def master_of(self, key: bytes) -> RedisProcess:
-        slot: int = self.masters[0].command("CLUSTER", "KEYSLOT", key)
-        return self.masters[min(2, slot * 3 // 16384)]
+        return self.masters[self.master_index(key)]
+
+    @staticmethod
+    def master_index(key: bytes) -> int:
+        """Of the master that was given the key's slot."""
+        return key_slot(key) * 3 // 16384
 
     def _join(self) -> None:
-        for number, master in enumerate(self.masters):
-            first, last = -(-number * 16384 // 3), -(-(number + 1) * 16384 // 3) - 1
-            master.command("CLUSTER", "ADDSLOTSRANGE", first, last)
+        bounds = [-(-number * 16384 // 3) for number in range(4)]
+        for master, first, end in zip(self.masters, bounds, bounds[1:], strict=False):
+            master.command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
             master.command("CLUSTER", "MEET", HOST, self.masters[0].port)
         for master in self.masters:
             wait_until(lambda master=master: _sees_all(master), "the Cluster is whole", deadline_s=START_S_MAX)  # type: ignore[misc]
