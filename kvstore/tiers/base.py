@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
-import kvstore_codec as codec
 from kvstore.index.entry import ObjectKey
-from kvstore_codec import ObjectHeader
 
 Bytes = bytes | bytearray | memoryview
 
@@ -28,12 +26,6 @@ class StoredObject(NamedTuple):
     provenance: int
     layer_bytes: tuple[int, ...]
     length: int
-    header_bytes: bytes
-
-    @property
-    def header(self) -> ObjectHeader:
-        """The header that the object was put with."""
-        return codec.parse_header(self.header_bytes)
 
 
 class Tier(Protocol):

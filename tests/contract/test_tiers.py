@@ -18,7 +18,8 @@ import kvstore_codec as codec
 from kvstore.errors import TierFull
 from kvstore.index.entry import ObjectKey
 from kvstore.tiers.base import Tier
-from kvstore.tiers.disk import BLOCK_BYTES, DiskTier
+from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_writer import BLOCK_BYTES
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.redis import RedisTier
 
@@ -194,7 +195,7 @@ def test_any_sequence_against_a_dict(name: str, operations: list[tuple[str, int]
         if isinstance(tier, DiskTier):
             tier.close()
             tier = DiskTier(Path(folder), capacity)
-            assert {stored.key: stored.header.object_bytes for stored in tier.scan()} == {
+            assert {stored.key: stored.length for stored in tier.scan()} == {
                 key: len(blob) for key, blob in model.items()
             }
             assert tier.used_bytes == sum(tier.cost_bytes(len(blob)) for blob in model.values())

@@ -61,13 +61,17 @@ def place_of(root: Path, key: ObjectKey) -> Place:
 
 
 def taken_bytes(root: Path) -> int:
-    """Data in segments, in whole blocks: what the file system's maps of holes say."""
-    taken = 0
-    for path in (root / "segments").iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        taken += sum(blocks_of(end - start) * BLOCK_BYTES for start, end in data_runs(descriptor))
+    """Of all segments."""
+    return sum(map(data_bytes, (root / "segments").iterdir()))
+
+
+def data_bytes(path: Path) -> int:
+    """Whole blocks of a file that the file system's map says are no holes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return sum(blocks_of(end - start) * BLOCK_BYTES for start, end in data_runs(descriptor))
+    finally:
         os.close(descriptor)
-    return taken
 
 
 def allocated_bytes(root: Path) -> int:
