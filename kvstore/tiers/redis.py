@@ -301,7 +301,7 @@ class RedisTier:
             return None
         return StoredObject(
             key, value.envelope.parent, header.first_position, header.tokens, quality, header.provenance,
-            tuple(held for held in header.layer_bytes if held <= length), length, head,
+            tuple(held for held in header.layer_bytes if held <= length), length,
         )  # fmt: skip
 
     @contextmanager
