@@ -10,11 +10,12 @@ TEXTS  := .cache/texts
 TORCH  ?= torch==2.13.0
 JSON   ?=
 SECONDS ?= 60
+LOOPS   ?= 100
 PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
 SOURCE := kvstore codec client cluster protos bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds clean
+.PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds torture clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +83,9 @@ fuzz: setup  ## every decoder of bytes under coverage-guided fuzzing, each for S
 
 fuzz-seeds: setup  ## rewrite what fuzzing starts from: after a change of a format
 	$(BIN)/python -m tests.fuzz.write_seeds
+
+torture: setup  ## kill -9 of a node under writers and readers, LOOPS=100 times: nothing corrupt, phantom, lost or left over
+	PYTHONPATH=tests/support $(BIN)/python -m torture --loops $(LOOPS)
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
