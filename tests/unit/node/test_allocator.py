@@ -153,7 +153,7 @@ def test_memory_free_in_pieces_is_exchanged_for_memory_in_one() -> None:
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=20, deadline=None)
 def test_with_objects_of_many_pages_all_of_the_capacity_can_be_used(seed: int) -> None:
-    """The spare memory of an arena, a sixteenth, covers what is stranded: no put is refused that the capacity allows."""
+    """An arena's spare memory, a sixteenth, covers what is stranded: nothing is refused that the capacity allows."""
     rng = random.Random(seed)
     capacity = 64 << 20
     allocator = Allocator(4 * capacity, capacity + capacity // 16, 4096)
