@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from disk_places import Place, place_of
 from kv_objects import small_layout
 from kv_strategies import bits, random_kv
 from node_process import NodeProcess
@@ -21,6 +22,7 @@ from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
+from kvstore.index.entry import ObjectKey
 from kvstore_client import (
     AsyncClient,
     Client,
@@ -284,24 +286,22 @@ def test_get_after_get_while_the_node_dies_and_comes_back(
 # A disk that forgets
 
 
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
+def flipped(place: Place) -> None:
+    place.flip(place.length // 2, 0)
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
+def cut(place: Place) -> None:
+    place.write(place.length - 100, bytes(100))
 
 
-def removed(path: Path) -> None:
-    path.unlink()
+def removed(place: Place) -> None:
+    place.punch()
 
 
 @pytest.mark.parametrize("damage", [flipped, cut, removed], ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("running", [False, True])
-def test_a_damaged_file_ends_the_prefix(
-    start_node: StartNode, tmp_path: Path, damage: Callable[[Path], None], running: bool
+def test_a_damaged_object_ends_the_prefix(
+    start_node: StartNode, tmp_path: Path, damage: Callable[[Place], None], running: bool
 ) -> None:
     flags = ("--host-capacity", "0", "--disk-path", str(tmp_path / "disk"), "--disk-capacity", "1GiB")
     layout = small_layout("damaged", layers=8, head_dim=64)
@@ -314,8 +314,7 @@ def test_a_damaged_file_ends_the_prefix(
         if not running:
             node.stop()
         bad = codec.chunk_refs(layout, tokens)[2]
-        (path,) = (tmp_path / "disk").glob(f"objects/*/{bad.hash.hex()}-*")
-        damage(path)
+        damage(place_of(tmp_path / "disk", ObjectKey(layout.namespace_id, bad.hash, 0)))
         if not running:
             start_node(*flags, listen=node.address)
         got, n = cache.get(tokens)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ def clean_environment(**variables: str) -> dict[str, str]:
 class NodeProcess:
     """Runs until `stop()` or `kill()`; `ready` is its ready line, `address` where it listens first."""
 
-    def __init__(self, folder: Path, *flags: str, listen: str = "127.0.0.1:0") -> None:
+    def __init__(
+        self, folder: Path, *flags: str, listen: str = "127.0.0.1:0", command: Sequence[str | Path] = (KVSTORE,)
+    ) -> None:
         self.log_path = folder / f"node-{time.monotonic_ns()}.log"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [KVSTORE, "serve", "--listen", listen, *flags],
+                [*command, "serve", "--listen", listen, *flags],
                 stdout=subprocess.PIPE, stderr=log, env=clean_environment(),
             )  # fmt: skip
         self._channel: grpc.Channel | None = None
