@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kvstore.index.entry import ObjectKey
 from kvstore.tiers.disk_admission import RejectFirst
 
@@ -17,12 +19,14 @@ def test_an_object_is_admitted_when_it_is_seen_again() -> None:
     assert not admission.admit(key(1)._replace(namespace_id=bytes(31) + b"x"))
 
 
-def test_it_remembers_as_many_as_it_says_and_at_most_twice_as_many() -> None:
-    admission = RejectFirst(remembered=100)
-    for number in range(1000):
-        assert not admission.admit(key(number))
-        assert admission.admit(key(max(0, number - 99))), "one of the last hundred"
-    assert not admission.admit(key(1000 - 201)), "forgotten"
+@pytest.mark.parametrize("seen", [100, 150, 199, 1000, 1050])
+def test_it_remembers_as_many_as_it_says_and_at_most_twice_as_many(seen: int) -> None:
+    for back, remembered in ((1, True), (100, True), (200, False)):
+        admission = RejectFirst(remembered=100)
+        for number in range(seen):
+            assert not admission.admit(key(number))
+        if back <= seen:
+            assert admission.admit(key(seen - back)) == remembered, back
 
 
 def test_a_scan_of_what_never_comes_again_writes_nothing() -> None:
