@@ -117,6 +117,9 @@ class NodeConfig(RedisConfig):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="least severe line logged"
     )
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="lines for people, or one JSON object a line for a collector"
+    )
 
     @model_validator(mode="after")
     def _disk_has_room(self) -> NodeConfig:

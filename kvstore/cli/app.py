@@ -112,6 +112,7 @@ def serve(
     redis_timeout_ms: Annotated[int | None, typer.Option(help="Longest wait for Redis.")] = None,
     redis_write: Annotated[str | None, typer.Option(help="off, behind or through.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_format: Annotated[str | None, typer.Option(help="text, or json: one object a line.")] = None,
 ) -> None:
     """Run a node until SIGTERM. Prints one JSON line with its addresses when it is ready."""
     from kvstore.cli.serve import serve_node
@@ -124,6 +125,7 @@ def serve(
         "redis_password_file": redis_password_file, "redis_ca": redis_ca, "redis_cert": redis_cert,
         "redis_key": redis_key, "redis_ttl_s": redis_ttl_s, "redis_prefix": redis_prefix,
         "redis_timeout_ms": redis_timeout_ms, "redis_write": redis_write, "log_level": log_level,
+        "log_format": log_format,
     }  # fmt: skip
     serve_node(config, flags)
 
