@@ -1,1 +1,1 @@
-"""Eviction policies: which object of a tier goes next. Pure classes, run by the live node and by `kvstore bench trace`."""
+"""Eviction policies: which object of a tier goes next. Pure classes; node and `kvstore bench trace` run the same."""
