@@ -56,9 +56,11 @@ def recover(index: IndexFile, segments: Segments, folder: Path) -> Loaded:
             descriptor = os.open(path, os.O_RDWR)
             try:
                 held = _map_of_data(descriptor, int((starts + _blocks(intact)).max()))
-                for row in np.flatnonzero(_reach(held, starts) < _blocks(intact)).tolist():
-                    reach = int(_reach(held, starts[row : row + 1])[0]) * BLOCK_BYTES
-                    intact[row] = _shorten(index, int(found.slots[here[row]]), reach)
+                reaches = _reach(held, starts)
+                for row in np.flatnonzero(reaches < _blocks(intact)).tolist():
+                    end = starts[row] + _blocks(intact)[row]
+                    intact[row] = _shorten(index, int(found.slots[here[row]]), int(reaches[row]) * BLOCK_BYTES)
+                    held[starts[row] + reaches[row] : end] = True  # a hole may still be allocated: it goes as well
                 kept[here], lengths[here] = intact > 0, intact
                 freed_bytes += _sweep(descriptor, held, starts, _blocks(intact))
             finally:

@@ -258,6 +258,20 @@ def test_an_object_whose_blocks_are_a_hole_was_deleted(root: Path, reopen: Calla
     check_nothing_left_over(root, tier, held(tier))
 
 
+def test_a_hole_that_is_allocated_is_given_back_too(root: Path, reopen: Callable[[], DiskTier]) -> None:
+    """What `fallocate` leaves where a write never came: no data, and yet room taken."""
+    tier = reopen()
+    tier.put_many([new(chunk) for chunk in CHUNKS["raw"]])
+    place = place_of(root, key_of(HIGH[2]))
+    place.punch()
+    descriptor = os.open(place.segment, os.O_WRONLY)
+    os.posix_fallocate(descriptor, place.offset, place.length)
+    os.close(descriptor)
+    tier = reopen()
+    assert sorted(held(tier)) == [0, 1, 3, 4, 5]
+    assert disk_places.allocated_bytes(root) == tier.used_bytes - 5 * SLOT_BYTES
+
+
 def test_an_object_whose_end_is_a_hole_was_truncated(root: Path, reopen: Callable[[], DiskTier]) -> None:
     chunk, layers = HIGH[0], LAYER_BYTES[0]
     put(reopen(), chunk)
