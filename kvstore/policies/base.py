@@ -28,7 +28,7 @@ class Policy(Protocol):
         ...
 
     def remove(self, slot: int) -> None:
-        """The resident was evicted or deleted."""
+        """The resident was evicted or deleted; its children, if any, have no parent from now on."""
         ...
 
     def victim(self, may_go: Callable[[int], bool]) -> int | None:

@@ -20,8 +20,8 @@ def optimum(trace: Trace, capacity: int) -> Outcome:
     next_uses = _next_uses(trace)
     due: dict[int, int] = {}  # residents, and the request that uses each next
     farthest: list[tuple[int, int, int]] = []  # (-request, -position, block): a heap; entries may be out of date
-    hits = hit_requests = stored = evicted = 0
-    for blocks, uses in zip(trace.requests, next_uses, strict=True):
+    hits = hit_tokens = stored = evicted = 0
+    for request, (blocks, uses) in enumerate(zip(trace.requests, next_uses, strict=True)):
         held = 0
         for position, (block, use) in enumerate(zip(blocks, uses, strict=True)):
             if block in due:
@@ -40,8 +40,12 @@ def optimum(trace: Trace, capacity: int) -> Outcome:
             due[block] = use
             heappush(farthest, (-use, -position, block))
         hits += held
-        hit_requests += bool(held)
-    return Outcome(len(trace.requests), trace.blocks, hits, hit_requests, stored, 0, evicted)
+        if trace.tokens:
+            hit_tokens += min(held * trace.block_tokens, trace.tokens[request])
+    return Outcome(
+        requests=len(trace.requests), blocks=trace.blocks, hits=hits, hit_tokens=hit_tokens if trace.tokens else None,
+        hits_by_quality=(hits,), stored=stored, evicted=evicted, refused=0,
+    )  # fmt: skip
 
 
 def _next_uses(trace: Trace) -> list[list[int]]:

@@ -57,6 +57,8 @@ class Leaves:
         self.residents += 1
 
     def remove(self, slot: int) -> None:
+        if self._children[slot]:  # gone before its children, as damage does: another will take its slot
+            self.parents[(self.parents == slot) & (self._children >= 0)] = -1
         self._leave(slot)
         self._children[slot] = -1
         self.residents -= 1

@@ -43,7 +43,8 @@ class Parking:
     def remove(self, slot: int) -> None:
         self._waiting.discard(slot)
         parent = self._parents.pop(slot)
-        del self._children[slot]
+        if self._children.pop(slot):  # gone before its children, as damage does: another will take its slot
+            self._parents.update({child: -1 for child, above in self._parents.items() if above == slot})
         self._evictions_since_retry += 1
         if parent in self._children:
             self._children[parent] -= 1
