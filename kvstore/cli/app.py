@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from kvstore.cli.admin_app import Json, admin_app
 from kvstore.cli.outcome import CommandFailed, ExitCode
 from kvstore.errors import ConfigError, DiskUnusable, KvStoreError, ListenError
 
@@ -17,19 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="A KV-cache store for LLM inference: fetch instead of recompute.",
 )
-admin_app = typer.Typer(help="Look at and operate a running node.")
 app.add_typer(admin_app, name="admin")
 bench_app = typer.Typer(help="Measure kvstore on this machine.")
 app.add_typer(bench_app, name="bench")
-
-Target = Annotated[str, typer.Option("--target", envvar="KVSTORE_TARGET", help="Node to ask: host:port or unix:/path.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Deadline = Annotated[float, typer.Option("--deadline", min=0.001, help="Seconds to wait for the node.")]
-Hashes = Annotated[list[str] | None, typer.Argument(metavar="[HASH]...", help="Chunk hashes; prefixes do.")]
-Namespace = Annotated[str, typer.Option("--namespace", help="Only this namespace id; a prefix does.")]
-TARGET = "127.0.0.1:7070"
-DEADLINE_S = 10.0
-LONG_DEADLINE_S = 3600.0
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -236,72 +227,6 @@ def evaluate(
         ),
         plot, out, json,
     )  # fmt: skip
-
-
-@admin_app.command()
-def stat(target: Target = TARGET, json: Json = False, deadline: Deadline = DEADLINE_S) -> None:
-    """Show what a node holds and has done since it started."""
-    from kvstore.cli import admin
-
-    admin.stat(target, deadline, json)
-
-
-@admin_app.command("ls")
-def list_objects(
-    prefix: Annotated[str, typer.Argument(metavar="[HASH]", help="Only hashes that start so.")] = "",
-    namespace: Namespace = "",
-    limit: Annotated[int, typer.Option("--limit", min=1, help="Print at most so many.")] = 100,
-    target: Target = TARGET,
-    json: Json = False,
-    deadline: Deadline = DEADLINE_S,
-) -> None:
-    """List stored objects."""
-    from kvstore.cli import admin
-
-    admin.list_objects(target, deadline, json, prefix, namespace, limit)
-
-
-@admin_app.command()
-def show(
-    prefix: Annotated[str, typer.Argument(metavar="HASH", help="Chunk hash; a prefix does.")],
-    target: Target = TARGET,
-    json: Json = False,
-    deadline: Deadline = DEADLINE_S,
-) -> None:
-    """Show everything about the objects of a chunk; exit code 1 if there are none."""
-    from kvstore.cli import admin
-
-    admin.show(target, deadline, json, prefix)
-
-
-@admin_app.command()
-def verify(
-    hashes: Hashes = None,
-    namespace: Namespace = "",
-    target: Target = TARGET,
-    json: Json = False,
-    deadline: Deadline = LONG_DEADLINE_S,
-) -> None:
-    """Re-read stored objects and check every checksum; exit code 1 if any was damaged (and so dropped)."""
-    from kvstore.cli import admin
-
-    admin.verify(target, deadline, json, hashes or [], namespace)
-
-
-@admin_app.command()
-def evict(
-    hashes: Hashes = None,
-    tier: Annotated[str, typer.Option("--tier", help="host or disk (default: every tier).")] = "",
-    size: Annotated[str, typer.Option("--bytes", help='Free at least this, such as "1GiB".')] = "",
-    everything: Annotated[bool, typer.Option("--all", help="Evict all that may be evicted.")] = False,
-    target: Target = TARGET,
-    json: Json = False,
-    deadline: Deadline = DEADLINE_S,
-) -> None:
-    """Evict named chunks, or an amount of bytes in the node's own order. Leased objects stay."""
-    from kvstore.cli import admin
-
-    admin.evict(target, deadline, json, hashes or [], tier, size, everything)
 
 
 @bench_app.callback()

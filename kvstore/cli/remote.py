@@ -22,6 +22,7 @@ class Remote:
     def __init__(self, channel: grpc.Channel, deadline_s: float) -> None:
         self.store = store_pb2_grpc.StoreStub(channel)  # type: ignore[no-untyped-call]
         self.admin = admin_pb2_grpc.AdminStub(channel)  # type: ignore[no-untyped-call]
+        self.channel = channel
         self.deadline_s = deadline_s
 
     def objects(self, *, namespace_id: bytes = b"", hash_prefix: str = "") -> Iterator[pb.ObjectEntry]:

@@ -49,6 +49,7 @@ def stat_json(stat: pb.StatResponse) -> dict[str, Any]:
         "objects": stat.objects,
         "namespaces": stat.namespaces,
         "leases": stat.leases,
+        "pinned_bytes": stat.pinned_bytes,
         "staged_objects": stat.staged_objects,
         "staged_bytes": stat.staged_bytes,
         "tiers": [
@@ -69,6 +70,7 @@ def stat_tables(stat: pb.StatResponse) -> Iterable[Table]:
     node.add_row("up", f"{stat.uptime_seconds:.0f} s")
     node.add_row("objects", f"{stat.objects} in {stat.namespaces} namespaces")
     node.add_row("leases", str(stat.leases))
+    node.add_row("pinned", size(stat.pinned_bytes))
     node.add_row("staged", f"{stat.staged_objects} objects, {size(stat.staged_bytes)}")
     yield node
     tiers = Table("tier", "objects", "used", "capacity", "full")
@@ -97,13 +99,16 @@ def object_json(entry: pb.ObjectEntry) -> dict[str, Any]:
         "idle_seconds": entry.idle_seconds,
         "reads": entry.reads,
         "leased": entry.leased,
+        "pinned": entry.pinned,
         "model": entry.model,
         "revision": entry.revision,
     }
 
 
 def objects_table(entries: Iterable[pb.ObjectEntry]) -> Table:
-    table = Table("chunk", "part", "namespace", "model", "positions", "quality", "size", "tiers", "reads", "idle")
+    table = Table(
+        "chunk", "part", "namespace", "model", "positions", "quality", "size", "tiers", "reads", "idle", "kept"
+    )
     for entry in entries:
         table.add_row(
             entry.chunk_hash.hex()[:SHORT_HEX_DIGITS],
@@ -116,6 +121,7 @@ def objects_table(entries: Iterable[pb.ObjectEntry]) -> Table:
             " ".join(tier_name(tier) for tier in entry.tiers),
             str(entry.reads),
             f"{entry.idle_seconds:.0f} s",
+            " ".join(word for word, held in (("leased", entry.leased), ("pinned", entry.pinned)) if held),
         )
     return table
 

@@ -17,12 +17,9 @@ def open_redis(config: RedisConfig, events: Events) -> RedisTier | None:
     Raises ConfigError for files that cannot be used."""
     if config.redis_url is None:
         return None
-    password = None if config.redis_password_file is None else _read_password(config.redis_password_file)
-    if config.redis_urls[0].tls:
-        _check_certificates(config)
     return RedisTier(
         config.redis_urls,
-        Credentials(password, config.redis_ca, config.redis_cert, config.redis_key),
+        credentials_of(config),
         events,
         cluster=config.redis_cluster,
         prefix=config.redis_prefix,
@@ -30,6 +27,14 @@ def open_redis(config: RedisConfig, events: Events) -> RedisTier | None:
         timeout_s=config.redis_timeout_ms / 1000,
         read_only=config.redis_write == "off",
     )
+
+
+def credentials_of(config: RedisConfig) -> Credentials:
+    """Of a configuration with a redis_url. Raises ConfigError for files that cannot be used."""
+    password = None if config.redis_password_file is None else _read_password(config.redis_password_file)
+    if config.redis_urls[0].tls:
+        _check_certificates(config)
+    return Credentials(password, config.redis_ca, config.redis_cert, config.redis_key)
 
 
 def _read_password(path: Path) -> str:

@@ -1,0 +1,130 @@
+"""Checks of the machine: CPU, memory, open files, clock."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from kvstore.cli import render
+from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
+from kvstore.cli.doctor_network import running_node
+from kvstore.cli.outcome import CommandFailed
+from kvstore.cli.scrape import scrape
+from kvstore.service.server import RPCS_MAX
+from kvstore.tiers.arena import SPARE_BYTES_MIN, SPARE_PART
+from kvstore_codec import _native
+from kvstore_codec.native import NativeCoder
+from kvstore_proto.v1 import store_pb2 as pb
+
+_CGROUPS = (  # version 2, version 1: limit, used
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+_TIME_ERROR = 5  # sys/timex.h: the clock is not synchronised
+SKEW_S_MAX = 1.0  # what an HTTP date can tell
+
+
+def check_cpu(subject: Subject) -> Iterator[Finding]:
+    sets = [name for _, name in _native.instruction_sets()]
+    chosen = NativeCoder().isa
+    found = f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores for us; codec uses {chosen} of {', '.join(sets)}"
+    if sets == ["scalar"]:
+        yield warn(found, "run on a CPU with AVX2: the codec is several times faster there")
+    else:
+        yield ok(found)
+
+
+def check_memory(subject: Subject) -> Iterator[Finding]:
+    config = subject.config
+    spare = max(config.host_capacity // SPARE_PART, SPARE_BYTES_MIN)
+    wanted = config.host_capacity + spare + config.staged_bytes_max
+    node = running_node(subject)
+    taken = sum(tier.used_bytes for tier in node.tiers if tier.tier == pb.TIER_HOST) if node is not None else 0
+    total, available = _memory()
+    found = (
+        f"host_capacity {render.size(config.host_capacity)}, with spare pages and staged_bytes_max up to "
+        f"{render.size(wanted)}; {render.size(available)} of {render.size(total)} available"
+        + (f", {render.size(taken)} more held by the running node" if taken else "")
+    )
+    if wanted > total:
+        yield fail(found, "lower host_capacity (or staged_bytes_max), or give this machine or container more memory")
+    elif wanted > available + taken:
+        yield warn(found, "free memory, or lower host_capacity: the kernel ends processes when none is left")
+    else:
+        yield ok(found)
+
+
+def check_files(subject: Subject) -> Iterator[Finding]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * RPCS_MAX  # calls served at once: a connection, and a file that is read
+    if 0 <= soft < wanted:
+        yield warn(
+            f"at most {soft} open files",
+            f"allow {wanted}: ulimit -n {wanted}, LimitNOFILE= of systemd, ulimits of Compose (hard limit: {hard})",
+        )
+    else:
+        yield ok(f"at most {soft} open files")
+
+
+def check_clock(subject: Subject) -> Iterator[Finding]:
+    if _clock_synchronised():
+        yield ok("the kernel says that the clock is synchronised")
+    else:
+        yield warn("the kernel does not say that the clock is synchronised", "run chrony or another NTP client")
+    url = subject.metrics
+    if url is None:
+        return
+    try:
+        began_s = time.time()
+        theirs_s = scrape(url, subject.deadline_s).clock_s
+        ended_s = time.time()
+    except CommandFailed as error:
+        yield warn(f"the node's clock: {error}", "pass the URL of its ready line as --metrics")
+        return
+    if theirs_s is None:
+        yield warn(f"{url} does not say the time", "ask the node itself, not a proxy")
+        return
+    # It said whole seconds, some time between the request and its end.
+    skew_s = max(0.0, began_s - (theirs_s + 1), theirs_s - ended_s)
+    if skew_s > SKEW_S_MAX:
+        yield warn(f"the node's clock is {skew_s:.0f} s off ours", "run an NTP client on both: log lines do not match")
+    else:
+        yield ok(f"the node's clock is within {skew_s + 1:.0f} s of ours")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _memory() -> tuple[int, int]:
+    """(total, available) bytes, of the machine or of the container."""
+    machine = psutil.virtual_memory()
+    total, available = int(machine.total), int(machine.available)
+    for limit, used in _CGROUPS:
+        try:
+            limit_bytes = int(limit.read_text())
+            used_bytes = int(used.read_text())
+        except (OSError, ValueError):  # not this version of cgroups; "max"
+            continue
+        total, available = min(total, limit_bytes), min(available, max(0, limit_bytes - used_bytes))
+    return total, available
+
+
+class _Timex(ctypes.Structure):
+    """struct timex of sys/timex.h as far as it is looked at, which is not at all; `modes` 0 changes nothing."""
+
+    _fields_ = [("modes", ctypes.c_uint), ("rest", ctypes.c_byte * 252)]
+
+
+def _clock_synchronised() -> bool:
+    return bool(ctypes.CDLL(None).adjtimex(ctypes.byref(_Timex())) not in (-1, _TIME_ERROR))
