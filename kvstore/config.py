@@ -85,6 +85,7 @@ def _metrics_address(value: str) -> str:
 
 
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 63)]
+ObjectSize = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 32)]  # as the index counts lengths
 
 
 class NodeConfig(RedisConfig):
@@ -102,7 +103,22 @@ class NodeConfig(RedisConfig):
     host_capacity: Size = Field(default=4 * GIB, description="bytes of objects held in RAM")
     disk_path: Path | None = Field(default=None, description="directory of the disk tier; none: no disk tier")
     disk_capacity: Size = Field(default=16 * GIB, description="bytes of objects held on disk")
-    object_bytes_max: Size = Field(default=GIB // 4, description="largest object taken")
+    disk_write: Literal["behind", "through", "demote"] = Field(
+        default="behind",
+        description="when objects go to disk: behind every put, before it is answered, or when memory has no room",
+    )
+    eviction_policy: Literal["lru"] = Field(default="lru", description="which objects go first when a tier is full")
+    degrade_floor: Literal["none", "high", "medium", "low"] = Field(
+        default="medium",
+        description="quality to which cold objects shrink before any is evicted; none: they are evicted whole",
+    )
+    soft_pin_share: float = Field(
+        default=0.25, ge=0, le=1, description="of the largest tier, what pins with an end may hold"
+    )
+    hard_pin_share: float = Field(
+        default=0.25, ge=0, le=1, description="of the largest tier, what pins without an end may hold"
+    )
+    object_bytes_max: ObjectSize = Field(default=GIB // 4, description="largest object taken")
     staged_bytes_max: Size = Field(default=GIB, description="bytes of puts in flight, all together")
     stream_idle_s: float = Field(
         default=15.0, gt=0, le=3600, description="seconds a put or fetch may make no progress before it is aborted"

@@ -32,32 +32,38 @@ async def lookup(
         )  # fmt: skip
         async with failures(node):
             answer = understood(node, await node.stub.Lookup(request, timeout=remaining_s(limit)))
-        if len(answer.chunks) > len(asked):
+        columns = (answer.tokens, answer.quality, answer.provenance, answer.stored_bytes, answer.tier)
+        count = len(answer.tokens)
+        if count > len(asked) or any(len(column) != count for column in columns):
             raise ProtocolViolation("a lookup answered more chunks than were asked for", node=node.address)
-        found += [_hit(node, layout, part, ref, status) for ref, status in zip(asked, answer.chunks, strict=False)]
+        found += [
+            _hit(node, layout, part, ref, *status)
+            for ref, status in zip(asked, zip(*columns, strict=True), strict=False)
+        ]
         if answer.lease_id:
             lease_ids.append(answer.lease_id)
             granted_ms = min(granted_ms, answer.lease_ms)
-        if len(answer.chunks) < len(asked):
+        if count < len(asked):
             break
     tokens = found[-1].first_token + found[-1].tokens if found else 0
     return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms) if lease_ids else None)
 
 
-def _hit(node: Node, layout: KVLayout, part: int, ref: ChunkRef, status: pb.ChunkStatus) -> ChunkHit:
+def _hit(
+    node: Node, layout: KVLayout, part: int, ref: ChunkRef, tokens: int, quality: int, provenance: int,
+    stored_bytes: int, tier: int,
+) -> ChunkHit:  # fmt: skip
     raw_bytes = ref.tokens * layout.part_layout(part).bytes_per_token
     sane = (
-        status.tokens == ref.tokens
-        and {status.quality, status.provenance} <= _QUALITIES
-        and 0 < status.stored_bytes <= object_bytes_max(raw_bytes)
+        tokens == ref.tokens and {quality, provenance} <= _QUALITIES and 0 < stored_bytes <= object_bytes_max(raw_bytes)
     )
     if not sane:
         raise ProtocolViolation(
-            "a lookup answered an impossible chunk", node=node.address, tokens=status.tokens, expected=ref.tokens,
-            quality=status.quality, provenance=status.provenance, stored_bytes=status.stored_bytes,
+            "a lookup answered an impossible chunk", node=node.address, tokens=tokens, expected=ref.tokens,
+            quality=quality, provenance=provenance, stored_bytes=stored_bytes,
         )  # fmt: skip
-    name = pb.Tier.Name(status.tier) if status.tier in pb.Tier.values() else "unknown"
+    name = pb.Tier.Name(tier) if tier in pb.Tier.values() else "unknown"
     return ChunkHit(
-        ref.hash, ref.first_token, ref.tokens, Quality(status.quality), Quality(status.provenance),
-        status.stored_bytes, name.removeprefix("TIER_").lower(),
+        ref.hash, ref.first_token, ref.tokens, Quality(quality), Quality(provenance), stored_bytes,
+        name.removeprefix("TIER_").lower(),
     )  # fmt: skip

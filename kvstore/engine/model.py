@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,22 +33,20 @@ class Result:
 
 
 @dataclass(frozen=True)
-class ChunkStatus:
-    key: ObjectKey
-    tokens: int
-    quality: Quality
-    provenance: Quality
-    stored_bytes: int
-    tier: str
-
-
-@dataclass(frozen=True)
 class LookupResult:
-    """The longest stored prefix; `lease_id` is empty where no lease was taken."""
+    """The longest stored prefix, one value a chunk in each list (thousands of chunks as objects would cost more than
+    finding them). `tiers`: the fastest that holds that much of it. `lease_id` is empty where no lease was taken."""
 
-    chunks: list[ChunkStatus]
-    lease_id: bytes
-    lease_ms: int
+    tokens: Sequence[int] = ()
+    qualities: Sequence[int] = ()
+    provenances: Sequence[int] = ()
+    stored_bytes: Sequence[int] = ()
+    tiers: Sequence[str] = ()
+    lease_id: bytes = b""
+    lease_ms: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class ObjectEntry:
     idle_seconds: float
     reads: int
     leased: bool
+    pinned: bool
     model: str
     revision: str
 
@@ -95,5 +95,6 @@ class NodeStat:
     leases: int
     staged_objects: int
     staged_bytes: int
+    pinned_bytes: int
     tiers: list[TierStat]
     counters: dict[str, int]

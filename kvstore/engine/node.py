@@ -7,19 +7,19 @@ damaged, gone or unreadable is a miss, counted in `metrics.py`.
 from __future__ import annotations
 
 import asyncio
-import heapq
+import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
 from kvstore import __version__
 from kvstore.config import NodeConfig
-from kvstore.engine.commit import commit
+from kvstore.engine.commit import Commit
 from kvstore.engine.holdings import Holdings
 from kvstore.engine.model import (
-    ChunkStatus,
     LookupResult,
     NodeStat,
     ObjectEntry,
@@ -31,16 +31,21 @@ from kvstore.engine.model import (
     VerifyProgress,
 )  # fmt: skip
 from kvstore.engine.namespaces import Namespaces
+from kvstore.engine.operations import Operations
+from kvstore.engine.pin_file import PinFile
+from kvstore.engine.shared import Shared, SharedEvents, SharedObject
 from kvstore.engine.stage import Stage
 from kvstore.errors import DiskUnusable, InvalidRequest
-from kvstore.index.entry import Entry, ObjectKey
+from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
+from kvstore.policies.lru import Lru
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
+from kvstore.tiers.redis_open import open_redis
 from kvstore_codec import KVLayout, Quality
 
 __all__ = [
-    "ChunkStatus", "LookupResult", "Node", "NodeStat", "ObjectEntry", "ObjectKey", "Offer", "Outcome", "Result",
+    "LookupResult", "Node", "NodeStat", "ObjectEntry", "ObjectKey", "Offer", "Outcome", "Result",
     "Stage", "TierStat", "Verdict", "VerifyProgress",
 ]  # fmt: skip
 
@@ -49,11 +54,14 @@ class Node:
     """Made by `open`, ended by `aclose`."""
 
     def __init__(
-        self, config: NodeConfig, holdings: Holdings, namespaces: Namespaces, metrics: NodeMetrics,
-        clock: Callable[[], float],
+        self, config: NodeConfig, holdings: Holdings, namespaces: Namespaces, pin_file: PinFile | None,
+        metrics: NodeMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._config, self._holdings, self._namespaces = config, holdings, namespaces
+        redis = open_redis(config, SharedEvents(metrics))
+        self._shared = None if redis is None else Shared(redis, metrics, writes=config.redis_write != "off")
         self._metrics, self._clock = metrics, clock
+        self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
         self._staged_objects = self._staged_bytes = 0
 
@@ -65,21 +73,61 @@ class Node:
         """A node with what its disk holds. Raises DiskUnusable, TierFailed."""
         registry = CollectorRegistry() if registry is None else registry
         metrics = NodeMetrics(registry)
-        holdings, namespaces = await asyncio.to_thread(_open_tiers, config, metrics, clock)
-        node = cls(config, holdings, namespaces, metrics, clock)
-        metrics.watch(registry, holdings.tiers, lambda: node._staged_bytes)
+        opened = await asyncio.to_thread(_open_tiers, config, metrics, clock)
+        node, holdings = cls(config, *opened, metrics, clock), opened[0]
+        tiers = holdings.tiers
+        if node._shared is not None:
+            node._shared.start()
+            tiers.append(node._shared.tier)
+        metrics.watch(registry, tiers, node._gauges())
         return node
 
     def lookup(self, namespace_id: bytes, hashes: Sequence[bytes], part: int, lease_ms: int) -> LookupResult:
         """The longest stored prefix of a chain, used now; leased for at most the configured time."""
-        now_s = self._clock()
-        found = self._holdings.index.prefix(namespace_id, hashes, part)
-        self._holdings.index.touch(found, now_s)
+        began_s = time.perf_counter()
+        now_s, index = self._clock(), self._holdings.index
+        found = index.prefix(namespace_id, hashes, part)
         self._metrics.lookup_chunks.labels("hit").inc(len(found))
         self._metrics.lookup_chunks.labels("miss").inc(len(hashes) - len(found))
+        if not len(found):
+            return LookupResult()
+        self._metrics.reuse.observe(now_s - index.columns["last_use_s"][found])
+        index.touch(found, now_s)
         lease_ms = min(lease_ms, self._config.lease_ms_max)
-        lease_id = self._holdings.leases.take((entry.key for entry in found), now_s, lease_ms / 1000)
-        return LookupResult([_chunk_status(entry) for entry in found], lease_id, lease_ms if lease_id else 0)
+        lease_id = self._holdings.leases.take(found, now_s, lease_ms / 1000)
+        if lease_id:
+            self._metrics.leases.labels("taken").inc()
+        state = index.state(found)
+        self._metrics.seconds.labels("lookup").observe(time.perf_counter() - began_s)
+        return LookupResult(
+            state.tokens, state.qualities, state.provenances, state.stored_bytes, state.tiers, lease_id,
+            lease_ms if lease_id else 0,
+        )  # fmt: skip
+
+    async def find(self, namespace_id: bytes, hashes: Sequence[bytes], part: int, lease_ms: int) -> LookupResult:
+        """`lookup`, and where what is held here ends, what the shared tier has of the rest, which no lease holds."""
+        found = self.lookup(namespace_id, hashes, part, lease_ms)
+        if self._shared is None or len(found) == len(hashes):
+            return found
+        more = await self._shared.find(namespace_id, hashes[len(found) :], part)
+        self._metrics.lookup_chunks.labels("shared").inc(len(more))
+        return LookupResult(
+            [*found.tokens, *(each.tokens for each in more)], [*found.qualities, *(each.quality for each in more)],
+            [*found.provenances, *(each.provenance for each in more)],
+            [*found.stored_bytes, *(each.length for each in more)], [*found.tiers, *("redis" for _ in more)],
+            found.lease_id, found.lease_ms,
+        )  # fmt: skip
+
+    def renew(self, lease_id: bytes, lease_ms: int) -> int:
+        """Milliseconds from now for which the lease holds on; 0: it is no more, as after `lease_ms` 0."""
+        leases, lease_ms = self._holdings.leases, min(lease_ms, self._config.lease_ms_max)
+        if lease_ms:
+            renewed = leases.renew(lease_id, self._clock(), lease_ms / 1000)
+            self._metrics.leases.labels("renewed" if renewed else "late").inc()
+            return lease_ms if renewed else 0
+        if leases.release(lease_id):
+            self._metrics.leases.labels("released").inc()
+        return 0
 
     async def read(self, key: ObjectKey, quality: Quality) -> memoryview | None:
         """The object, or its prefix that reads at `quality` where it holds better; None is a miss."""
@@ -87,8 +135,39 @@ class Node:
         if entry is None:
             self._metrics.reads.labels("none").inc()
             return None
-        entry.reads += 1
-        return await self._holdings.read(entry, entry.header.length_for(quality))
+        entry.count_read()
+        with self._metrics.seconds.labels("read").time():
+            data = await self._holdings.read(entry, quality)
+        if data is None:
+            self._metrics.reads.labels("none").inc()
+        return data
+
+    async def read_chain(self, keys: Sequence[ObjectKey], quality: Quality) -> AsyncGenerator[memoryview, None]:
+        """`read` of each, in order, up to the first miss; what is not held here comes from the shared tier, several
+        objects at a time."""
+        at = 0
+        while at < len(keys):
+            data = await self.read(keys[at], quality)
+            if data is not None:
+                at += 1
+                yield data
+                continue
+            found = await self._read_shared(keys[at:], quality)
+            if not found:
+                return
+            for each in found:
+                yield each.data
+            at += len(found)
+
+    async def _read_shared(self, keys: Sequence[ObjectKey], quality: Quality) -> list[SharedObject]:
+        if self._shared is None:
+            return []
+        index = self._holdings.index
+        absent = list(itertools.takewhile(lambda key: key == keys[0] or index.row_of(key) is None, keys))
+        found = await self._shared.read(absent, quality)
+        for key, each in zip(absent, found, strict=False):
+            self._holdings.take_in(key, each)
+        return found
 
     def offer(self, namespace_id: bytes, layout_bytes: bytes, part: int, objects: Sequence[Offer]) -> Stage:
         """Decides what a writer should send and reserves room for it. Raises InvalidRequest."""
@@ -112,14 +191,24 @@ class Node:
         self._staged_bytes += stage.reserved_bytes
         return stage
 
-    async def commit(self, stage: Stage, *, durable: bool) -> list[Result]:
+    async def commit(
+        self, stage: Stage, *, durable: bool, retain: tuple[int, float] | None = None
+    ) -> list[Result]:  # fmt: skip
         """Checks and stores what arrived, one result an offer, and frees the stage. An object is visible as soon as
         it is stored, also where the commit is cancelled later.
 
-        `durable`: results say so only for objects that are on disk, synced."""
-        results = await commit(stage, self._holdings, self._metrics, self._remember, durable=durable)
+        `durable`: results say so only for objects that are on disk, synced. `retain`: (priority, seconds), a hint."""
+        retention = Retention(retain[0], self._clock() + retain[1]) if retain is not None else None
+        durable = durable or self._config.disk_write == "through"
+        with self._metrics.seconds.labels("commit").time():
+            results = await Commit(
+                stage, self._holdings, self._shared, self._metrics, self._remember, durable=durable,
+                retention=retention, wait_for_shared=self._config.redis_write == "through",
+            ).run()  # fmt: skip
+        index = self._holdings.index
         chain = [ObjectKey(stage.layout.namespace_id, offer.hash, stage.part) for offer in stage.offers]
-        self._holdings.index.touch([entry for entry in map(self._holdings.index.get, chain) if entry], self._clock())
+        rows = [row for row in map(index.row_of, chain) if row is not None]
+        index.touch(np.array(rows, np.int64), self._clock())
         return results
 
     def abort(self, stage: Stage) -> None:
@@ -130,68 +219,24 @@ class Node:
         """(objects, bytes) removed everywhere; the whole namespace, all its parts, without `hashes`."""
         index = self._holdings.index
         if hashes is None:
-            doomed = [entry for entry in index if entry.key.namespace_id == namespace_id]
+            keys = index.keys(namespace_id)
         else:
             keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in hashes]
-            doomed = [entry for entry in map(index.get, keys) if entry is not None]
+        doomed = [entry for entry in map(index.get, keys) if entry is not None]
+        freed = sum(entry.length for entry in doomed)
         for entry in doomed:
             self._holdings.delete(entry)
         if hashes is None:
             self._forget(namespace_id)
         await self._holdings.wait_for_writes()
-        return len(doomed), sum(entry.length for entry in doomed)
-
-    def list_objects(
-        self, namespace_id: bytes | None, hash_prefix: bytes, limit: int, page_token: str
-    ) -> tuple[list[ObjectEntry], str]:
-        """A page of objects in the order of their keys, and the token of the next ("": no more).
-
-        Raises InvalidRequest for a token that is none."""
-        after = _key_of_token(page_token) if page_token else None
-        self._holdings.leases.expire(self._clock())
-        chosen = (
-            entry
-            for entry in self._holdings.index
-            if (namespace_id is None or entry.key.namespace_id == namespace_id)
-            and entry.key.chunk_hash.startswith(hash_prefix)
-            and (after is None or entry.key > after)
-        )
-        page = heapq.nsmallest(limit + 1, chosen, key=_entry_key)
-        token = _token_of_key(page[limit - 1].key) if len(page) > limit else ""
-        return [self._object_entry(entry) for entry in page[:limit]], token
-
-    async def verify(self, namespace_id: bytes | None, hashes: Sequence[bytes] | None) -> AsyncIterator[VerifyProgress]:
-        """Reads every copy of the chosen objects again; a damaged copy is dropped and reported."""
-        chosen = self._chosen(namespace_id, hashes)
-        for checked, key in enumerate(chosen, 1):
-            entry = self._holdings.index.get(key)
-            problem = await self._problem(entry) if entry is not None else None
-            yield VerifyProgress(checked, len(chosen), key.chunk_hash if problem else None, problem)
-
-    async def evict(self, tier: str | None, wanted: int, hashes: Sequence[bytes] | None) -> tuple[int, int]:
-        """(objects, bytes) evicted: the named chunks, or at least `wanted` bytes (0: all) in the usual order.
-
-        Leased objects stay. `tier` None: from every tier."""
-        holdings = self._holdings
-        await holdings.wait_for_writes()  # what is on its way to disk is not evicted from memory
-        evicted: set[ObjectKey] = set()
-        freed = 0
-        for held in (each for each in holdings.tiers if tier in (None, each.name)):
-            if hashes is not None:
-                named = map(holdings.index.get, self._chosen(None, hashes))
-                going = iter([entry for entry in named if entry is not None and holdings.may_evict(entry, held.name)])
-            else:
-                going = iter(lambda: None if 0 < wanted <= freed else holdings.victim(held.name), None)  # noqa: B023
-            for entry in going:
-                freed += held.cost_bytes(entry.length)
-                evicted.add(entry.key)
-                holdings.evict(entry, held.name, "admin")
-        await holdings.wait_for_writes()
-        return len(evicted), freed
+        if self._shared is not None:
+            await (self._shared.purge(namespace_id) if hashes is None else self._shared.delete(keys))
+        return len(doomed), freed
 
     def stat(self) -> NodeStat:
         holdings = self._holdings
         holdings.leases.expire(self._clock())
+        tiers = [*holdings.tiers, *([self._shared.tier] if self._shared is not None else [])]
         return NodeStat(
             version=__version__,
             node_id=self._config.node_name,
@@ -201,13 +246,32 @@ class Node:
             leases=len(holdings.leases),
             staged_objects=self._staged_objects,
             staged_bytes=self._staged_bytes,
-            tiers=[TierStat(tier.name, tier.objects, tier.used_bytes, tier.capacity_bytes) for tier in holdings.tiers],
+            pinned_bytes=holdings.pins.soft_bytes + holdings.pins.hard_bytes,
+            tiers=[TierStat(tier.name, tier.objects, tier.used_bytes, tier.capacity_bytes) for tier in tiers],
             counters=self._metrics.snapshot(),
         )
 
     async def aclose(self) -> None:
-        """Finishes the writes to disk that are queued and lets the tiers go."""
+        """Finishes the writes that are queued and lets the tiers go."""
+        if self._shared is not None:
+            await self._shared.aclose()
         await self._holdings.aclose()
+
+    def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        holdings = self._holdings
+        return {
+            "staged_bytes": ("Bytes reserved by puts in flight.", lambda: self._staged_bytes),
+            "disk_queue_bytes": (
+                "Bytes on their way to disk.", lambda: holdings.queue.pending_bytes if holdings.queue else 0
+            ),
+            "redis_queue_bytes": (
+                "Bytes on their way to Redis.", lambda: self._shared.pending_bytes if self._shared else 0
+            ),
+            "leases": ("Leases held.", lambda: len(holdings.leases)),
+            "soft_pinned_bytes": ("Bytes of objects pinned for a while.", lambda: holdings.pins.soft_bytes),
+            "hard_pinned_bytes": ("Bytes of objects pinned for good.", lambda: holdings.pins.hard_bytes),
+            "index_bytes": ("Bytes of the index's columns.", lambda: holdings.index.columns.nbytes),
+        }  # fmt: skip
 
     def _object_bytes_max(self, layout: KVLayout, part: int) -> int:
         raw_bytes = layout.chunk_tokens * layout.part_layout(part).bytes_per_token
@@ -244,79 +308,33 @@ class Node:
         if self._holdings.queue is not None:
             self._holdings.queue.start(counted)
 
-    def _chosen(self, namespace_id: bytes | None, hashes: Sequence[bytes] | None) -> list[ObjectKey]:
-        wanted = None if hashes is None else set(hashes)
-        return [
-            entry.key
-            for entry in self._holdings.index
-            if (namespace_id is None or entry.key.namespace_id == namespace_id)
-            and (wanted is None or entry.key.chunk_hash in wanted)
-        ]
-
-    async def _problem(self, entry: Entry) -> str | None:
-        problem = None
-        for tier in entry.tiers:
-            try:
-                await self._holdings.read_checked(entry, tier, entry.length)
-            except codec.ObjectError as error:
-                problem = f"{tier}: {error}"
-        return problem
-
-    def _object_entry(self, entry: Entry) -> ObjectEntry:
-        layout = self._namespaces.get(entry.key.namespace_id)
-        return ObjectEntry(
-            key=entry.key,
-            parent=entry.parent,
-            tokens=entry.header.tokens,
-            first_position=entry.header.first_position,
-            quality=entry.quality,
-            provenance=entry.header.provenance,
-            length=entry.length,
-            tiers=entry.tiers,
-            idle_seconds=max(0.0, self._clock() - entry.last_use_s),
-            reads=entry.reads,
-            leased=self._holdings.leases.holds(entry.key),
-            model=layout.model if layout is not None else "",
-            revision=layout.revision if layout is not None else "",
-        )
-
 
 def _open_tiers(
     config: NodeConfig, metrics: NodeMetrics, clock: Callable[[], float]
-) -> tuple[Holdings, Namespaces]:  # fmt: skip
+) -> tuple[Holdings, Namespaces, PinFile | None]:  # fmt: skip
+    floor = None if config.degrade_floor == "none" else Quality.parse(config.degrade_floor)
+
+    def holdings(host: HostTier, disk: DiskTier | None) -> Holdings:
+        return Holdings(
+            host, disk, metrics, clock, policy=Lru, floor=floor,
+            disk_write=config.disk_write, soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
+        )  # fmt: skip
+
     host = HostTier(config.host_capacity)
     if config.disk_path is None:
-        return Holdings(host, None, metrics, clock), Namespaces(None)
+        return holdings(host, None), Namespaces(None), None
     disk = DiskTier(config.disk_path, config.disk_capacity)
     try:
-        return Holdings(host, disk, metrics, clock), Namespaces(config.disk_path / "namespaces")
+        held = holdings(host, disk)
+        pin_file = PinFile(config.disk_path / "pins.json")
+        for key in pin_file.load():
+            row = held.index.row_of(key)
+            if row is not None:
+                held.pins.pin(row, held.index.described(row).length, None, clock())
+        return held, Namespaces(config.disk_path / "namespaces"), pin_file
     except OSError as error:
         disk.close()
         raise DiskUnusable(f"disk_path {config.disk_path} cannot be used: {error.strerror}") from error
     except BaseException:
         disk.close()
         raise
-
-
-def _chunk_status(entry: Entry) -> ChunkStatus:
-    return ChunkStatus(
-        entry.key, entry.header.tokens, entry.quality, entry.header.provenance, entry.length, entry.tiers[0]
-    )
-
-
-def _entry_key(entry: Entry) -> ObjectKey:
-    return entry.key
-
-
-def _token_of_key(key: ObjectKey) -> str:
-    return f"{key.namespace_id.hex()}{key.chunk_hash.hex()}{key.part:04x}"
-
-
-def _key_of_token(token: str) -> ObjectKey:
-    try:
-        raw = bytes.fromhex(token)
-    except ValueError:
-        raw = b""
-    if len(raw) != 66:
-        raise InvalidRequest("page_token is not one that this node gave")
-    return ObjectKey(raw[:32], raw[32:64], int.from_bytes(raw[64:], "big"))

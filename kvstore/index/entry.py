@@ -1,4 +1,4 @@
-"""What the index knows of one stored object."""
+"""What is known of one stored object, without its bytes."""
 
 from __future__ import annotations
 
@@ -14,31 +14,50 @@ class ObjectKey(NamedTuple):
     part: int
 
 
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One object. `layer_bytes[q]` is the length of its prefix holding quality layers 0…q; `parent` the hash of the
-    chunk before it; `tiers` the tiers that hold all of it, fastest first; `last_use` a tick of the index."""
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What the index keeps of an object's header. `parent`: hash of the chunk before it; `quality`: of the whole
+    object; `layer_bytes[q]`: length of its prefix that holds quality layers 0…q."""
 
-    key: ObjectKey
     parent: bytes
-    header: ObjectHeader
-    tiers: tuple[str, ...] = ()
-    last_use: int = 0
-    last_use_s: float = 0.0
-    reads: int = 0
+    first_position: int
+    tokens: int
+    quality: Quality
+    provenance: Quality
+    layer_bytes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, header: ObjectHeader, parent: bytes) -> Described:
+        return cls(
+            parent, header.first_position, header.tokens, header.quality, header.provenance, header.layer_bytes
+        )  # fmt: skip
 
     @property
-    def parent_key(self) -> ObjectKey:
-        return self.key._replace(chunk_hash=self.parent)
+    def end_position(self) -> int:
+        return self.first_position + self.tokens
+
+    @property
+    def layers(self) -> int:
+        """Quality layers of the whole object."""
+        return len(self.layer_bytes)
 
     @property
     def length(self) -> int:
-        return self.header.object_bytes
+        """Bytes of the whole object."""
+        return self.layer_bytes[-1]
 
-    @property
-    def quality(self) -> Quality:
-        return self.header.quality
+    def quality_of(self, layers: int) -> Quality:
+        """What the first `layers` quality layers read at: one refinement less is one quality worse."""
+        return Quality(self.quality + self.layers - layers)
 
-    def at_least(self, quality: int) -> bool:
-        """Holds `quality` or better."""
-        return self.quality <= quality
+    def layers_for(self, quality: Quality) -> int:
+        """Quality layers to read for `quality`: the most that are no better than it, at least one."""
+        return max(1, self.layers - max(0, quality - self.quality))
+
+
+@dataclass(frozen=True)
+class Retention:
+    """A writer's hint: until `until_s` on the node's clock these go last, those of lower `priority` before others."""
+
+    priority: int
+    until_s: float

@@ -1,10 +1,11 @@
-"""The index: which objects are stored, in which tiers, and which of them would go first.
+"""The index: which objects are stored, how much of each in which tier, and which of them would go first.
 
-Pure bookkeeping: no bytes, no I/O, no clock of its own. One thread uses it (the node's event loop).
+Pure bookkeeping: no bytes, no I/O, no clock of its own. One thread uses it (the node's event loop). An object is a row
+of `Columns` and a hash in a table of its namespace and part; the engine names it by an `Entry`, which says whether the
+row is still that object's.
 
-Eviction is leaf-first: an object is a victim in a tier only while no child of it is held there, because a chunk
-without its prefix is dead weight. Among leaves the least recently used goes first; using a chunk uses its whole
-prefix, so a parent is never older than its child. Leased objects are never victims.
+Eviction is leaf-first: an object is a victim in a tier only while no child of it is held there, because a chunk without
+its prefix is dead weight. In what order leaves go, a `Policy` says. What leases and pins hold (`is_held`) never goes.
 
 Who a chunk's parent is, its writer says. It counts as a child only of an object that ends where it begins, so no
 claim, however wrong, makes a circle in which nothing is a leaf.
@@ -12,120 +13,394 @@ claim, however wrong, makes a circle in which nothing is a leaf.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from kvstore.index.entry import Entry, ObjectKey
-from kvstore_codec import ObjectHeader
+import numpy as np
+
+from kvstore.index.columns import Columns
+from kvstore.index.entry import Described, ObjectKey, Retention
+from kvstore.index.order import Rows, TierOrder
+from kvstore.policies.base import Policy
+from kvstore_codec import Quality
+
+DEPTH_MAX = (1 << 32) - 1
+NewPolicy = Callable[[], Policy]
+
+
+class Entry:
+    """One object in the index. `held` is False once it is gone, also where another object took its row."""
+
+    __slots__ = ("_birth", "_index", "row")
+
+    def __init__(self, index: Index, row: int) -> None:
+        self._index, self.row = index, row
+        self._birth = int(index.columns["birth"][row])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Entry) and (self._index, self.row, self._birth) == (
+            other._index, other.row, other._birth,
+        )  # fmt: skip
+
+    def __hash__(self) -> int:
+        return hash((self.row, self._birth))
+
+    @property
+    def held(self) -> bool:
+        return int(self._index.columns["birth"][self.row]) == self._birth and self.row in self._index
+
+    @property
+    def version(self) -> int:
+        """Changes whenever what a tier holds of this object changes: what was read before and after is the same bytes
+        if this is the same."""
+        return int(self._index.columns["version"][self.row])
+
+    @property
+    def key(self) -> ObjectKey:
+        return self._index.key_of(self.row)
+
+    @property
+    def described(self) -> Described:
+        return self._index.described(self.row)
+
+    @property
+    def tiers(self) -> tuple[str, ...]:
+        """Those that hold it or a prefix of it, fastest first."""
+        return tuple(
+            name for name, layers in zip(self._index.tiers, self._index.layers_by_tier(self.row), strict=True) if layers
+        )
+
+    def layers_in(self, tier: str) -> int:
+        """Quality layers that a tier holds; 0: none."""
+        return int(self._index.order(tier).layers[self.row])
+
+    def length_in(self, tier: str) -> int:
+        """Bytes that a tier holds of it."""
+        layers = self.layers_in(tier)
+        return self.described.layer_bytes[layers - 1] if layers else 0
+
+    @property
+    def layers(self) -> int:
+        """The most quality layers that a tier holds."""
+        return max(self._index.layers_by_tier(self.row))
+
+    @property
+    def length(self) -> int:
+        return self.described.layer_bytes[self.layers - 1]
+
+    @property
+    def quality(self) -> Quality:
+        """The best that is held."""
+        return self.described.quality_of(self.layers)
+
+    def at_least(self, quality: int) -> bool:
+        """Holds `quality` or better."""
+        return self.quality <= quality
+
+    @property
+    def last_use(self) -> int:
+        """Of two objects the one used later has the larger; those of one prefix have the same."""
+        return int(self._index.columns["last_use"][self.row])
+
+    @property
+    def last_use_s(self) -> float:
+        return float(self._index.columns["last_use_s"][self.row])
+
+    @property
+    def reads(self) -> int:
+        return int(self._index.columns["reads"][self.row])
+
+    def count_read(self) -> None:
+        self._index.columns["reads"][self.row] += np.uint32(1)
+
+
+class PrefixState(NamedTuple):
+    """One value a chunk: `qualities` and `stored_bytes` are the best held, `tiers` the fastest that hold that."""
+
+    tokens: list[int]
+    qualities: list[int]
+    provenances: list[int]
+    stored_bytes: list[int]
+    tiers: list[str]
 
 
 class Index:
-    def __init__(self, tiers: Sequence[str], is_leased: Callable[[ObjectKey], bool] = lambda _: False) -> None:
-        """`tiers`: names, fastest first. `is_leased`: whose answer keeps an object from being a victim."""
-        self._tiers = tuple(tiers)
-        self._is_leased = is_leased
-        self._entries: dict[ObjectKey, Entry] = {}
-        self._tick = 0
-        # Children held in a tier, by parent and the position they begin at; the parent itself need not be stored.
-        self._children: dict[tuple[str, ObjectKey, int], int] = {}
-        # Per tier (last use, key) of objects that were leaves when pushed; stale pairs are skipped when popped.
-        self._queues: dict[str, list[tuple[int, ObjectKey]]] = {tier: [] for tier in tiers}
+    def __init__(
+        self, tiers: Sequence[str], policy: NewPolicy, *, floor: Quality | None = None,
+        is_held: Callable[[int], bool] = lambda _: False, on_forget: Callable[[int], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`tiers`: names, fastest first. `floor`: quality below which nothing is shrunk; None: nothing is.
+        `is_held`: whether a row must not go. `on_forget`: told of rows that did."""
+        self.tiers = tuple(tiers)
+        self.columns = Columns(len(self.tiers))
+        self._on_forget = on_forget
+        self._orders = {
+            name: TierOrder(self.columns, number, policy(), policy(), floor, is_held)
+            for number, name in enumerate(self.tiers)
+        }
+        self._groups: list[tuple[bytes, int]] = []  # namespace and part, by number
+        self._numbers: dict[tuple[bytes, int], int] = {}
+        self._tables: dict[tuple[bytes, int], dict[bytes, int]] = {}
+        self._hashes: list[bytes | None] = []
+        #: hashes of parents that are not stored, and, where the position says there is one, who waits for them
+        self._absent_parents: dict[int, bytes] = {}
+        self._waiting: dict[tuple[int, bytes], set[int]] = {}
+        self._shared: dict[bytes, bytes] = {}  # the first chunks of a namespace all have the same parent
+        self._count = self._uses = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return self._count
+
+    @property
+    def uses(self) -> int:
+        """So far: what is used next has a larger `last_use`."""
+        return self._uses
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        return (Entry(self, row) for table in self._tables.values() for row in table.values())
+
+    def __contains__(self, row: int) -> bool:
+        return row < len(self._hashes) and self._hashes[row] is not None
+
+    def order(self, tier: str) -> TierOrder:
+        return self._orders[tier]
 
     def get(self, key: ObjectKey) -> Entry | None:
-        return self._entries.get(key)
+        row = self.row_of(key)
+        return None if row is None else Entry(self, row)
 
-    def prefix(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> list[Entry]:
-        """Entries of the longest stored prefix of a chain, in one pass."""
-        found: list[Entry] = []
-        for chunk_hash in hashes:
-            entry = self._entries.get(ObjectKey(namespace_id, chunk_hash, part))
-            if entry is None:
-                break
-            found.append(entry)
-        return found
+    def row_of(self, key: ObjectKey) -> int | None:
+        table = self._tables.get((key.namespace_id, key.part))
+        return None if table is None else table.get(key.chunk_hash)
 
-    def touch(self, entries: Sequence[Entry], now_s: float) -> None:
-        """Marks a prefix as used now, its last chunk first, so that parents stay younger than children."""
-        for entry in reversed(entries):
-            self._tick += 1
-            entry.last_use, entry.last_use_s = self._tick, now_s
-            for tier in entry.tiers:
-                self._queue_if_leaf(entry, tier)
+    def key_of(self, row: int) -> ObjectKey:
+        namespace_id, part = self._groups[self.columns["group"][row]]
+        chunk_hash = self._hashes[row]
+        assert chunk_hash is not None, "the object is still there"
+        return ObjectKey(namespace_id, chunk_hash, part)
 
-    def add(self, key: ObjectKey, parent: bytes, header: ObjectHeader, tier: str, now_s: float) -> Entry:
-        """The object is now held in `tier`; makes its entry where there is none."""
-        entry = self._entries.get(key)
-        if entry is None:
-            self._tick += 1
-            entry = Entry(key, parent, header, last_use=self._tick, last_use_s=now_s)
-            self._entries[key] = entry
-        if tier not in entry.tiers:
-            entry.tiers = tuple(name for name in self._tiers if name == tier or name in entry.tiers)
-            above = (tier, entry.parent_key, entry.header.first_position)
-            self._children[above] = self._children.get(above, 0) + 1
-            self._queue_if_leaf(entry, tier)
-        return entry
+    def keys(self, namespace_id: bytes | None = None) -> list[ObjectKey]:
+        """Of one namespace or all, in no order."""
+        return [
+            ObjectKey(namespace, chunk_hash, part)
+            for (namespace, part), table in list(self._tables.items())
+            if namespace_id in (None, namespace)
+            for chunk_hash in list(table)
+        ]
+
+    def described(self, row: int) -> Described:
+        columns = self.columns
+        parent = int(columns["parent"][row])
+        parent_hash = self._absent_parents.get(row) if parent < 0 else self._hashes[parent]
+        assert parent_hash is not None, "a parent that is gone is among the absent"
+        return Described(
+            parent_hash, int(columns["first_position"][row]), int(columns["tokens"][row]),
+            Quality(int(columns["quality"][row])), Quality(int(columns["provenance"][row])),
+            tuple(columns["layer_bytes"][row, : columns["whole_layers"][row]].tolist()),
+        )  # fmt: skip
+
+    def layers_by_tier(self, row: int) -> list[int]:
+        return [int(order.layers[row]) for order in self._orders.values()]
+
+    def prefix(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> Rows:
+        """Rows of the longest stored prefix of a chain, in one pass."""
+        table = self._tables.get((namespace_id, part))
+        found: list[int] = []
+        if table is not None:
+            for chunk_hash in hashes:
+                row = table.get(chunk_hash)
+                if row is None:
+                    break
+                found.append(row)
+        return np.array(found, np.int64)
+
+    def state(self, rows: Rows) -> PrefixState:
+        """What a lookup tells of a prefix, as columns."""
+        columns = self.columns
+        layers = np.stack([order.layers[rows] for order in self._orders.values()])
+        best = layers.max(axis=0)
+        fastest = (layers == best).argmax(axis=0)  # the first of those that hold as much
+        return PrefixState(
+            columns["tokens"][rows].tolist(),
+            (columns["quality"][rows] + columns["whole_layers"][rows] - best).tolist(),
+            columns["provenance"][rows].tolist(), columns["layer_bytes"][rows, best - 1].tolist(),
+            [self.tiers[number] for number in fastest.tolist()],
+        )  # fmt: skip
+
+    def touch(self, rows: Rows, now_s: float) -> None:
+        """Marks a prefix as used now."""
+        self._uses += 1
+        self.columns["last_use"][rows] = self._uses
+        self.columns["last_use_s"][rows] = now_s
+        for order in self._orders.values():
+            order.touch(rows, now_s)
+
+    def add(
+        self, key: ObjectKey, described: Described, tier: str, layers: int, now_s: float,
+        retention: Retention | None = None,
+    ) -> Entry:  # fmt: skip
+        """The first `layers` quality layers of an object are now held in `tier`; makes its row where there is none."""
+        row = self.row_of(key)
+        if row is None:
+            row = self._new(key, described, now_s)
+        if retention is not None:
+            self.columns["priority"][row] = retention.priority
+            self.columns["retain_until_s"][row] = retention.until_s
+        self._count_change(row)
+        order, parent = self._orders[tier], int(self.columns["parent"][row])
+        if order.layers[row]:
+            order.resize(row, layers, _fingerprint(key.chunk_hash), now_s)
+        else:
+            order.insert(row, parent, layers, _fingerprint(key.chunk_hash), now_s)
+        return Entry(self, row)
+
+    def replace(self, entry: Entry, described: Described) -> None:
+        """A better version of an object comes in place of the one held, whose leases and pins then hold it. It is held
+        nowhere until it is added."""
+        row = entry.row
+        self._count_change(row)
+        for tier in entry.tiers:
+            self._orders[tier].remove(row, int(self.columns["parent"][row]))
+        self._leave_parent(row)
+        if (self.columns["first_position"][row], self._end_of(row)) != (
+            described.first_position, described.end_position,
+        ):  # fmt: skip
+            self._orphan_children(row)  # a claim that would make a circle
+        self._describe(row, described)
+        self._adopt(row, entry.key.chunk_hash, described.end_position)
+
+    def shrink(self, entry: Entry, tier: str, layers: int) -> None:
+        """A tier now holds fewer quality layers of an object."""
+        self._count_change(entry.row)
+        self._orders[tier].resize(entry.row, layers, _fingerprint(entry.key.chunk_hash), entry.last_use_s)
 
     def drop(self, entry: Entry, tier: str) -> None:
         """The object is no longer held in `tier`; forgets it when that was the last one. Idempotent."""
-        if tier not in entry.tiers:
+        row, order = entry.row, self._orders[tier]
+        if not entry.held or not order.layers[row]:
             return
-        entry.tiers = tuple(name for name in entry.tiers if name != tier)
-        above = (tier, entry.parent_key, entry.header.first_position)
-        self._children[above] -= 1
-        if not self._children[above]:
-            del self._children[above]
-            parent = self._entries.get(entry.parent_key)
-            if parent is not None:
-                self._queue_if_leaf(parent, tier)
-        if not entry.tiers:
-            del self._entries[entry.key]
-        self._shorten(tier)
+        self._count_change(row)
+        order.remove(row, int(self.columns["parent"][row]))
+        if not any(self.layers_by_tier(row)):
+            self._forget(row)
+
+    def victim(self, tier: str, may_go: Callable[[Entry], bool], now_s: float) -> Entry | None:
+        """The leaf that goes next from `tier`, or None if none may go. It stays until dropped."""
+        row = self._orders[tier].victim(lambda row: may_go(Entry(self, row)), now_s)
+        return None if row is None else Entry(self, row)
+
+    def shrinkable(self, tier: str, may_shrink: Callable[[Entry], bool]) -> Entry | None:
+        """The object of `tier` that loses its finest layer next, or None where all are down to the floor, or held."""
+        row = self._orders[tier].shrinkable(lambda row: may_shrink(Entry(self, row)))
+        return None if row is None else Entry(self, row)
 
     def is_leaf(self, entry: Entry, tier: str) -> bool:
-        return (tier, entry.key, _end_position(entry)) not in self._children
+        return not self._orders[tier].children[entry.row]
 
-    def victim(self, tier: str, may_go: Callable[[Entry], bool] = lambda _: True) -> Entry | None:
-        """The object that goes next from `tier`, or None if none may go. It stays until dropped."""
-        queue, kept = self._queues[tier], []
-        found = None
-        while queue:
-            last_use, key = queue[0]
-            entry = self._entries.get(key)
-            if entry is None or entry.last_use != last_use or tier not in entry.tiers or not self.is_leaf(entry, tier):
-                heapq.heappop(queue)
-            elif self._is_leased(key) or not may_go(entry):
-                kept.append(heapq.heappop(queue))
-            else:
-                found = entry
-                break
-        for pair in kept:
-            heapq.heappush(queue, pair)
-        return found
+    def _new(self, key: ObjectKey, described: Described, now_s: float) -> int:
+        columns, row = self.columns, self.columns.take()
+        if row == len(self._hashes):
+            self._hashes.append(None)
+        group = (key.namespace_id, key.part)
+        table = self._tables.get(group)
+        if table is None:
+            table = self._tables[group] = {}
+            self._numbers[group] = len(self._groups)
+            self._groups.append(group)
+        columns["group"][row] = self._numbers[group]
+        self._uses += 1
+        columns["last_use"][row] = self._uses
+        columns["last_use_s"][row] = now_s
+        table[key.chunk_hash] = row
+        self._hashes[row] = key.chunk_hash
+        self._count += 1
+        self._describe(row, described)
+        self._adopt(row, key.chunk_hash, described.end_position)
+        return row
 
-    def _queue_if_leaf(self, entry: Entry, tier: str) -> None:
-        if tier not in entry.tiers or not self.is_leaf(entry, tier):
+    def _describe(self, row: int, described: Described) -> None:
+        columns = self.columns
+        columns["first_position"][row] = described.first_position
+        columns["tokens"][row] = described.tokens
+        columns["layer_bytes"][row, : described.layers] = described.layer_bytes
+        columns["whole_layers"][row] = described.layers
+        columns["quality"][row] = described.quality
+        columns["provenance"][row] = described.provenance
+        self._find_parent(row, described)
+
+    def _find_parent(self, row: int, described: Described) -> None:
+        columns = self.columns
+        group = int(columns["group"][row])
+        parent = self._tables[self._groups[group]].get(described.parent, -1)
+        if parent >= 0 and self._end_of(parent) != described.first_position:
+            parent = -1
+        columns["parent"][row] = parent
+        if parent >= 0:
+            columns["depth"][row] = columns["depth"][parent] + 1
             return
-        heapq.heappush(self._queues[tier], (entry.last_use, entry.key))
-        self._shorten(tier)
+        if not described.first_position:
+            self._absent_parents[row] = self._shared.setdefault(described.parent, described.parent)
+        else:
+            self._absent_parents[row] = described.parent
+            columns["depth"][row] = min(described.first_position // max(1, described.tokens), DEPTH_MAX)
+            self._waiting.setdefault((group, described.parent), set()).add(row)
 
-    def _shorten(self, tier: str) -> None:
-        """Starts a queue afresh that is mostly stale pairs."""
-        queue = self._queues[tier]
-        if len(queue) > 64 + 4 * len(self._entries):
-            queue[:] = [
-                (each.last_use, each.key)
-                for each in self._entries.values()
-                if tier in each.tiers and self.is_leaf(each, tier)
-            ]
-            heapq.heapify(queue)
+    def _leave_parent(self, row: int) -> None:
+        if int(self.columns["parent"][row]) < 0:
+            self._stop_waiting(row, int(self.columns["group"][row]), self._absent_parents.pop(row))
+
+    def _adopt(self, row: int, chunk_hash: bytes, end_position: int) -> None:
+        """Makes the object the parent of those that came before it."""
+        group = int(self.columns["group"][row])
+        waiting = self._waiting.get((group, chunk_hash), ())
+        for child in [each for each in waiting if self.columns["first_position"][each] == end_position]:
+            self._stop_waiting(child, group, chunk_hash)
+            del self._absent_parents[child]
+            self.columns["parent"][child] = row
+            for order in self._orders.values():
+                order.adopt(row, child)
+
+    def _forget(self, row: int) -> None:
+        columns, chunk_hash = self.columns, self._hashes[row]
+        assert chunk_hash is not None
+        group = int(columns["group"][row])
+        self._leave_parent(row)
+        self._orphan_children(row)
+        namespace_part = self._groups[group]
+        del self._tables[namespace_part][chunk_hash]
+        self._hashes[row] = None
+        self._count -= 1
+        columns.give_back(row)
+        self._on_forget(row)
+
+    def _orphan_children(self, row: int) -> None:
+        """The object is gone before its children, as damage and deletion do."""
+        columns, chunk_hash = self.columns, self._hashes[row]
+        assert chunk_hash is not None
+        if not any(order.children[row] for order in self._orders.values()):
+            return
+        waiting = self._waiting.setdefault((int(columns["group"][row]), chunk_hash), set())
+        for child in np.flatnonzero(columns["parent"][: columns.rows] == row).tolist():
+            if child in self and child != row:
+                columns["parent"][child] = -1
+                self._absent_parents[child] = chunk_hash
+                waiting.add(child)
+        for order in self._orders.values():
+            order.children[row] = 0
+
+    def _stop_waiting(self, row: int, group: int, parent_hash: bytes) -> None:
+        rows = self._waiting.get((group, parent_hash))
+        if rows is not None:
+            rows.discard(row)
+            if not rows:
+                del self._waiting[group, parent_hash]
+
+    def _count_change(self, row: int) -> None:
+        self.columns["version"][row] += np.uint32(1)
+
+    def _end_of(self, row: int) -> int:
+        return int(self.columns["first_position"][row]) + int(self.columns["tokens"][row])
 
 
-def _end_position(entry: Entry) -> int:
-    return entry.header.first_position + entry.header.tokens
+def _fingerprint(chunk_hash: bytes) -> int:
+    return int.from_bytes(chunk_hash[:8], "little")

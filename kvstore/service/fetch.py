@@ -17,7 +17,6 @@ from kvstore.index.entry import ObjectKey
 from kvstore.service import requests
 from kvstore.service.idle import IdleLimit
 from kvstore.service.streams import StreamMetrics
-from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
@@ -33,21 +32,18 @@ async def fetch(
     quality = requests.quality(request.quality)
     requests.lease_id(request.lease_id)
     keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in requests.hashes(request.chunk_hashes)]
-    upcoming = _read(node, keys, 0, quality)
+    objects = node.read_chain(keys, quality)
+    upcoming = asyncio.ensure_future(anext(objects, None))
     try:
-        for index in range(len(keys)):
-            stored = await upcoming if upcoming is not None else None
-            if stored is None:
-                return
-            upcoming = _read(node, keys, index + 1, quality)
+        index = 0
+        while (stored := await upcoming) is not None:
+            upcoming = asyncio.ensure_future(anext(objects, None))
             await _send(context, index, stored, stream_idle_s, metrics)
+            index += 1
     finally:
-        if upcoming is not None:
-            upcoming.cancel()
-
-
-def _read(node: Node, keys: list[ObjectKey], index: int, quality: Quality) -> asyncio.Task[memoryview | None] | None:
-    return asyncio.ensure_future(node.read(keys[index], quality)) if index < len(keys) else None
+        upcoming.cancel()
+        await asyncio.wait([upcoming])
+        await objects.aclose()
 
 
 async def _send(context: Context, index: int, stored: memoryview, stream_idle_s: float, metrics: StreamMetrics) -> None:

@@ -39,7 +39,9 @@ async def put(node: Node, context: Context, *, stream_idle_s: float, metrics: St
         with IdleLimit(stream_idle_s) as idle:
             await context.write(wire.verdicts(stage.verdicts))
             await _fill(stage, len(offer.objects), context, idle, metrics)
-        results = await node.commit(stage, durable=offer.durability == pb.DURABILITY_DISK)
+        results = await node.commit(
+            stage, durable=offer.durability == pb.DURABILITY_DISK, retain=requests.retention(offer)
+        )
     finally:
         node.abort(stage)
     await context.write(wire.results(results))

@@ -18,6 +18,7 @@ LIST_LIMIT_MAX = 1000
 PAGE_TOKEN_BYTES_MAX = 256
 LEASE_ID_BYTES_MAX = 64
 OBJECT_BYTES_MAX = 1 << 40
+PRIORITY_MAX = 100
 EVICTABLE_TIERS = ("host", "disk")
 _QUALITIES = tuple(Quality)
 
@@ -39,6 +40,13 @@ def hashes(value: bytes) -> list[bytes]:
     if len(value) > HASHES_MAX * HASH_BYTES:
         raise InvalidRequest(f"at most {HASHES_MAX} chunk hashes a call", hashes=len(value) // HASH_BYTES)
     return [value[at : at + HASH_BYTES] for at in range(0, len(value), HASH_BYTES)]
+
+
+def some_hashes(value: bytes) -> list[bytes]:
+    """The same, at least one."""
+    if not value:
+        raise InvalidRequest("name at least one chunk hash")
+    return hashes(value)
 
 
 def part(value: int) -> int:
@@ -102,7 +110,16 @@ def put_offer(first: pb.PutRequest) -> pb.PutOffer:
         quality(offered.quality)
     if len({offered.chunk_hash for offered in offer.objects}) != len(offer.objects):
         raise InvalidRequest("an offer names each chunk once")
+    retention(offer)
     return offer
+
+
+def retention(offer: pb.PutOffer) -> tuple[int, int] | None:
+    """(priority, seconds) of a put's hint, or None."""
+    hint = offer.retention
+    if hint.priority > PRIORITY_MAX:
+        raise InvalidRequest(f"retention priority must be 0–{PRIORITY_MAX}", priority=hint.priority)
+    return (hint.priority, hint.seconds) if hint.seconds else None
 
 
 def put_piece(message: Framed[pb.PutRequest], objects: int) -> tuple[int, int, memoryview | bytes] | None:

@@ -25,13 +25,16 @@ class StoreService(pb_grpc.StoreServicer):
         self._metrics = metrics
 
     async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:  # noqa: N802
-        found = self._node.lookup(
+        found = await self._node.find(
             requests.namespace(request.namespace_id),
             requests.hashes(request.chunk_hashes),
             requests.part(request.part),
             request.lease_ms,
         )
         return wire.lookup_response(found)
+
+    async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:  # noqa: N802
+        return pb.RenewResponse(lease_ms=self._node.renew(requests.lease_id(request.lease_id), request.lease_ms))
 
     async def Fetch(self, request: pb.FetchRequest, context: Context) -> None:  # noqa: N802
         await fetch(self._node, request, context, stream_idle_s=self._stream_idle_s, metrics=self._metrics)
@@ -56,7 +59,7 @@ class StoreService(pb_grpc.StoreServicer):
         limit = requests.list_limit(request.limit)
         token = requests.page_token(request.page_token)
         while True:
-            entries, next_token = self._node.list_objects(namespace_id, prefix, limit, token)
+            entries, next_token = await self._node.operations.list_objects(namespace_id, prefix, limit, token)
             response = wire.list_response(entries, next_token)
             if limit == 1 or response.ByteSize() <= LIST_ANSWER_BYTES_MAX:
                 return response
@@ -65,5 +68,5 @@ class StoreService(pb_grpc.StoreServicer):
     async def Verify(self, request: pb.VerifyRequest, context: Context) -> None:  # noqa: N802
         namespace_id = requests.namespace_or_all(request.namespace_id)
         hashes = requests.hashes(request.chunk_hashes) or None
-        async for progress in self._node.verify(namespace_id, hashes):
+        async for progress in self._node.operations.verify(namespace_id, hashes):
             await context.write(wire.verify_response(progress))

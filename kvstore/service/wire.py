@@ -14,16 +14,11 @@ _OUTCOMES = {"stored": pb.OUTCOME_STORED, "have": pb.OUTCOME_HAVE, "rejected": p
 
 def lookup_response(found: engine.LookupResult) -> pb.LookupResponse:
     return pb.LookupResponse(
-        chunks=[
-            pb.ChunkStatus(
-                tokens=chunk.tokens,
-                quality=chunk.quality,
-                provenance=chunk.provenance,
-                stored_bytes=chunk.stored_bytes,
-                tier=_TIERS[chunk.tier],
-            )
-            for chunk in found.chunks
-        ],
+        tokens=found.tokens,
+        quality=found.qualities,
+        provenance=found.provenances,
+        stored_bytes=found.stored_bytes,
+        tier=[_TIERS[tier] for tier in found.tiers],
         lease_id=found.lease_id,
         lease_ms=found.lease_ms,
     )
@@ -65,6 +60,7 @@ def list_response(entries: Sequence[engine.ObjectEntry], next_token: str) -> pb.
                 idle_seconds=entry.idle_seconds,
                 reads=entry.reads,
                 leased=entry.leased,
+                pinned=entry.pinned,
                 model=entry.model,
                 revision=entry.revision,
             )
@@ -93,6 +89,7 @@ def stat_response(stat: engine.NodeStat) -> pb.StatResponse:
         leases=stat.leases,
         staged_objects=stat.staged_objects,
         staged_bytes=stat.staged_bytes,
+        pinned_bytes=stat.pinned_bytes,
         tiers=[
             pb.TierStat(
                 tier=_TIERS[tier.tier],

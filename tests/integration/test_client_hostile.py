@@ -164,7 +164,7 @@ async def test_an_honest_server_of_this_kind_is_a_hit(caplog: pytest.LogCaptureF
 # Lookup
 
 
-def lies() -> Iterator[tuple[str, list[pb.ChunkStatus]]]:
+def lies() -> Iterator[tuple[str, list[kv_objects.ChunkStatus]]]:
     raw_bytes = CHUNK * LAYOUT.bytes_per_token
     too_large = codec.object_bytes_max(raw_bytes) + 1
     honest = HELD.status(0)
@@ -177,7 +177,7 @@ def lies() -> Iterator[tuple[str, list[pb.ChunkStatus]]]:
     yield "no bytes", [honest, HELD.status(1, stored_bytes=0)]
     yield "more bytes than an object has", [honest, HELD.status(1, stored_bytes=too_large)]
     yield "2**64 - 1 bytes", [honest, HELD.status(1, stored_bytes=2**64 - 1)]
-    yield "an empty status", [pb.ChunkStatus()]
+    yield "an empty status", [kv_objects.ChunkStatus()]
 
 
 def calls(namespace: AsyncNamespace) -> list[tuple[str, Awaitable[Any]]]:
@@ -211,8 +211,10 @@ async def look_up_both_ways(lookup: Lookup, kind: type[KvClientError], caplog: p
 
 
 @pytest.mark.parametrize(("what", "chunks"), [pytest.param(*lie, id=lie[0]) for lie in lies()])
-async def test_a_lookup_that_lies(what: str, chunks: list[pb.ChunkStatus], caplog: pytest.LogCaptureFixture) -> None:
-    answer = pb.LookupResponse(chunks=chunks)
+async def test_a_lookup_that_lies(
+    what: str, chunks: list[kv_objects.ChunkStatus], caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = kv_objects.answer_of(chunks)
     await look_up_both_ways(lambda request, context: answer, ProtocolViolation, caplog)
 
 
@@ -240,7 +242,7 @@ async def test_a_lookup_that_fails(status: grpc.StatusCode, caplog: pytest.LogCa
 
 async def test_no_answer_of_an_unknown_tier_is_refused() -> None:
     """A later version may have tiers that this one does not know; they change nothing."""
-    answer = pb.LookupResponse(chunks=[HELD.status(0, tier=99)])
+    answer = kv_objects.answer_of([HELD.status(0, tier=99)])
     with HostileServer(lookup=lambda request, context: answer) as server:
         async with calling(server.address, strict=True) as caller:
             hit = await caller.namespace().lookup(HELD.tokens)
@@ -255,8 +257,8 @@ async def test_many_slow_lookups_of_one_prompt_share_its_deadline() -> None:
 
     def lookup(request: pb.LookupRequest, context: Context) -> Answer:
         waits(context, DEADLINE_S * 0.7)
-        one = pb.ChunkStatus(tokens=layout.chunk_tokens, stored_bytes=500, tier=pb.TIER_HOST)
-        return pb.LookupResponse(chunks=[one] * (len(request.chunk_hashes) // 32))
+        one = kv_objects.ChunkStatus(tokens=layout.chunk_tokens, stored_bytes=500, tier=pb.TIER_HOST)
+        return kv_objects.answer_of([one] * (len(request.chunk_hashes) // 32))
 
     with HostileServer(lookup=lookup) as server:
         async with calling(server.address, strict=True) as caller:

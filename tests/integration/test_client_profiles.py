@@ -576,11 +576,9 @@ def test_a_profile_that_does_not_come_keeps_no_get_beyond_its_deadline(
     def lookup(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
         delay("Lookup", request.namespace_id)
         headers = [codec.parse_header(blob) for blob in held(request.namespace_id)]
-        return pb.LookupResponse(
-            chunks=[
-                pb.ChunkStatus(tokens=h.tokens, quality=h.quality, provenance=h.provenance, stored_bytes=h.object_bytes)
-                for h in headers[: len(request.chunk_hashes) // 32]
-            ]
+        return kv_objects.answer_of(
+            kv_objects.ChunkStatus(h.tokens, h.quality, h.provenance, h.object_bytes)
+            for h in headers[: len(request.chunk_hashes) // 32]
         )
 
     def fetch(request: pb.FetchRequest, context: Context) -> Iterator[Answer]:

@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import kv_objects as kv
+from disk_places import Place, place_of, taken_bytes
 from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
@@ -14,6 +15,7 @@ from kvstore.config import NodeConfig
 from kvstore.engine.model import Offer, Result
 from kvstore.engine.node import Node
 from kvstore.engine.stage import Stage
+from kvstore.tiers.disk_index import SLOT_BYTES
 
 ROOMY = 64 << 20
 
@@ -51,17 +53,16 @@ async def check_books(node: Node, settings: NodeConfig) -> None:
     for tier in holdings.tiers:
         held = [entry for entry in holdings.index if tier.name in entry.tiers]
         assert tier.objects == len(held)
-        assert tier.used_bytes == sum(tier.cost_bytes(entry.length) for entry in held) <= tier.capacity_bytes
+        lengths = [entry.length_in(tier.name) for entry in held]
+        assert tier.used_bytes == sum(map(tier.cost_bytes, lengths)) <= tier.capacity_bytes
     assert all(entry.tiers for entry in holdings.index)
     stat = node.stat()
     assert (stat.staged_objects, stat.staged_bytes) == (0, 0)
     if holdings.queue is not None and holdings.disk is not None and settings.disk_path is not None:
         assert holdings.queue.planned_bytes == holdings.disk.used_bytes
         assert (holdings.queue._pending_bytes, holdings.queue._writes) == (0, {})
-        files = [path.stat() for path in settings.disk_path.glob("objects/*/*")]
-        assert len(files) == holdings.disk.objects
-        assert sum(holdings.disk.cost_bytes(each.st_size - 64) for each in files) == holdings.disk.used_bytes
-        assert list((settings.disk_path / "tmp").iterdir()) == []
+        slots = holdings.disk.objects * SLOT_BYTES
+        assert taken_bytes(settings.disk_path) + slots == holdings.disk.used_bytes
 
 
 def offer(node: Node, chunks: Sequence[kv.StoredChunk], layout: codec.KVLayout = LAYOUT) -> Stage:
@@ -94,7 +95,7 @@ async def read(
 def found(node: Node, chunks: Sequence[kv.StoredChunk], *, lease_ms: int = 0) -> list[str]:
     """The tier of each chunk of the stored prefix."""
     hit = node.lookup(LAYOUT.namespace_id, [chunk.hash for chunk in chunks], 0, lease_ms)
-    return [chunk.tier for chunk in hit.chunks]
+    return list(hit.tiers)
 
 
 def tiers_of(node: Node, chunk: kv.StoredChunk) -> tuple[str, ...]:
@@ -103,10 +104,9 @@ def tiers_of(node: Node, chunk: kv.StoredChunk) -> tuple[str, ...]:
     return () if entry is None else entry.tiers
 
 
-def file_of(settings: NodeConfig, chunk: kv.StoredChunk) -> Path:
+def place_on_disk(settings: NodeConfig, chunk: kv.StoredChunk) -> Place:
     assert settings.disk_path is not None
-    (path,) = settings.disk_path.glob(f"objects/*/{chunk.hash.hex()}-*")
-    return path
+    return place_of(settings.disk_path, key_of(chunk))
 
 
 def outcomes(results: Sequence[Result]) -> list[str]:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import kv_objects
 from google.protobuf.message import Message
 from kv_strategies import random_kv
 
@@ -64,16 +65,16 @@ class Held:
         ]  # fmt: skip
         return cls(layout, tokens, kv, refs, blobs)
 
-    def status(self, index: int, **lies: int) -> pb.ChunkStatus:
+    def status(self, index: int, **lies: int) -> kv_objects.ChunkStatus:
         header = codec.parse_header(self.blobs[index])
         honest: dict[str, Any] = {
             "tokens": header.tokens, "quality": int(header.quality), "provenance": int(header.provenance),
             "stored_bytes": len(self.blobs[index]), "tier": pb.TIER_HOST,
         }  # fmt: skip
-        return pb.ChunkStatus(**(honest | lies))
+        return kv_objects.ChunkStatus(**(honest | lies))
 
     def lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
-        return pb.LookupResponse(chunks=map(self.status, range(self._asked(request.chunk_hashes))))
+        return kv_objects.answer_of(map(self.status, range(self._asked(request.chunk_hashes))))
 
     def fetch(self, request: pb.FetchRequest, context: Context) -> Iterator[Answer]:
         for index in range(self._asked(request.chunk_hashes)):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import queue
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,9 +127,33 @@ def put(
     return stream.results()
 
 
-def lookup(stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes]) -> list[pb.ChunkStatus]:
+@dataclass(frozen=True)
+class ChunkStatus:
+    """A chunk of a LookupResponse."""
+
+    tokens: int = 0
+    quality: int = 0
+    provenance: int = 0
+    stored_bytes: int = 0
+    tier: int = 0
+
+
+def answer_of(statuses: Iterable[ChunkStatus]) -> pb.LookupResponse:
+    response = pb.LookupResponse()
+    for status in statuses:
+        for name, value in dataclasses.asdict(status).items():
+            getattr(response, name).append(value)
+    return response
+
+
+def statuses_of(response: pb.LookupResponse) -> list[ChunkStatus]:
+    columns = (response.tokens, response.quality, response.provenance, response.stored_bytes, response.tier)
+    return [ChunkStatus(*values) for values in zip(*columns, strict=True)]
+
+
+def lookup(stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes]) -> list[ChunkStatus]:
     request = pb.LookupRequest(namespace_id=layout.namespace_id, chunk_hashes=b"".join(hashes))
-    return list(stub.Lookup(request, timeout=DEADLINE_S).chunks)
+    return statuses_of(stub.Lookup(request, timeout=DEADLINE_S))
 
 
 def fetch(stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes], *, quality: int = 0) -> list[bytes]:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvstore_proto/v1/admin.proto\x12\nkvstore.v1\"A\n\x0c\x45victRequest\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x01(\x0c\"/\n\rEvictResponse\x12\x0f\n\x07objects\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x32\x45\n\x05\x41\x64min\x12<\n\x05\x45vict\x12\x18.kvstore.v1.EvictRequest\x1a\x19.kvstore.v1.EvictResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ckvstore_proto/v1/admin.proto\x12\nkvstore.v1\"A\n\x0c\x45victRequest\x12\x0c\n\x04tier\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x01(\x0c\"/\n\rEvictResponse\x12\x0f\n\x07objects\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"3\n\nPinRequest\x12\x14\n\x0c\x63hunk_hashes\x18\x01 \x01(\x0c\x12\x0f\n\x07seconds\x18\x02 \x01(\r\"$\n\x0cUnpinRequest\x12\x14\n\x0c\x63hunk_hashes\x18\x01 \x01(\x0c\"/\n\x0bPinResponse\x12\x0f\n\x07objects\x18\x01 \x01(\x04\x12\x0f\n\x07refused\x18\x02 \x01(\x04\x32\xb9\x01\n\x05\x41\x64min\x12<\n\x05\x45vict\x12\x18.kvstore.v1.EvictRequest\x1a\x19.kvstore.v1.EvictResponse\x12\x36\n\x03Pin\x12\x16.kvstore.v1.PinRequest\x1a\x17.kvstore.v1.PinResponse\x12:\n\x05Unpin\x12\x18.kvstore.v1.UnpinRequest\x1a\x17.kvstore.v1.PinResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EVICTREQUEST']._serialized_end=109
   _globals['_EVICTRESPONSE']._serialized_start=111
   _globals['_EVICTRESPONSE']._serialized_end=158
-  _globals['_ADMIN']._serialized_start=160
-  _globals['_ADMIN']._serialized_end=229
+  _globals['_PINREQUEST']._serialized_start=160
+  _globals['_PINREQUEST']._serialized_end=211
+  _globals['_UNPINREQUEST']._serialized_start=213
+  _globals['_UNPINREQUEST']._serialized_end=249
+  _globals['_PINRESPONSE']._serialized_start=251
+  _globals['_PINRESPONSE']._serialized_end=298
+  _globals['_ADMIN']._serialized_start=301
+  _globals['_ADMIN']._serialized_end=486
 # @@protoc_insertion_point(module_scope)

@@ -21,3 +21,25 @@ class EvictResponse(_message.Message):
     objects: int
     bytes: int
     def __init__(self, objects: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class PinRequest(_message.Message):
+    __slots__ = ("chunk_hashes", "seconds")
+    CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    chunk_hashes: bytes
+    seconds: int
+    def __init__(self, chunk_hashes: _Optional[bytes] = ..., seconds: _Optional[int] = ...) -> None: ...
+
+class UnpinRequest(_message.Message):
+    __slots__ = ("chunk_hashes",)
+    CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    chunk_hashes: bytes
+    def __init__(self, chunk_hashes: _Optional[bytes] = ...) -> None: ...
+
+class PinResponse(_message.Message):
+    __slots__ = ("objects", "refused")
+    OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    objects: int
+    refused: int
+    def __init__(self, objects: _Optional[int] = ..., refused: _Optional[int] = ...) -> None: ...

@@ -39,6 +39,16 @@ class AdminStub(object):
                 request_serializer=kvstore__proto_dot_v1_dot_admin__pb2.EvictRequest.SerializeToString,
                 response_deserializer=kvstore__proto_dot_v1_dot_admin__pb2.EvictResponse.FromString,
                 _registered_method=True)
+        self.Pin = channel.unary_unary(
+                '/kvstore.v1.Admin/Pin',
+                request_serializer=kvstore__proto_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+                response_deserializer=kvstore__proto_dot_v1_dot_admin__pb2.PinResponse.FromString,
+                _registered_method=True)
+        self.Unpin = channel.unary_unary(
+                '/kvstore.v1.Admin/Unpin',
+                request_serializer=kvstore__proto_dot_v1_dot_admin__pb2.UnpinRequest.SerializeToString,
+                response_deserializer=kvstore__proto_dot_v1_dot_admin__pb2.PinResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer(object):
@@ -51,6 +61,19 @@ class AdminServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pin(self, request, context):
+        """Keeps chunks: for a while (a soft pin) or until they are unpinned (a hard one, which survives a restart).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Unpin(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -58,6 +81,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.Evict,
                     request_deserializer=kvstore__proto_dot_v1_dot_admin__pb2.EvictRequest.FromString,
                     response_serializer=kvstore__proto_dot_v1_dot_admin__pb2.EvictResponse.SerializeToString,
+            ),
+            'Pin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pin,
+                    request_deserializer=kvstore__proto_dot_v1_dot_admin__pb2.PinRequest.FromString,
+                    response_serializer=kvstore__proto_dot_v1_dot_admin__pb2.PinResponse.SerializeToString,
+            ),
+            'Unpin': grpc.unary_unary_rpc_method_handler(
+                    servicer.Unpin,
+                    request_deserializer=kvstore__proto_dot_v1_dot_admin__pb2.UnpinRequest.FromString,
+                    response_serializer=kvstore__proto_dot_v1_dot_admin__pb2.PinResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -87,6 +120,60 @@ class Admin(object):
             '/kvstore.v1.Admin/Evict',
             kvstore__proto_dot_v1_dot_admin__pb2.EvictRequest.SerializeToString,
             kvstore__proto_dot_v1_dot_admin__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Pin',
+            kvstore__proto_dot_v1_dot_admin__pb2.PinRequest.SerializeToString,
+            kvstore__proto_dot_v1_dot_admin__pb2.PinResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Unpin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Admin/Unpin',
+            kvstore__proto_dot_v1_dot_admin__pb2.UnpinRequest.SerializeToString,
+            kvstore__proto_dot_v1_dot_admin__pb2.PinResponse.FromString,
             options,
             channel_credentials,
             insecure,

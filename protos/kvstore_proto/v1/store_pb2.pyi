@@ -62,28 +62,36 @@ class LookupRequest(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
-    __slots__ = ("chunks", "lease_id", "lease_ms")
-    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("lease_id", "lease_ms", "tokens", "quality", "provenance", "stored_bytes", "tier")
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
-    chunks: _containers.RepeatedCompositeFieldContainer[ChunkStatus]
-    lease_id: bytes
-    lease_ms: int
-    def __init__(self, chunks: _Optional[_Iterable[_Union[ChunkStatus, _Mapping]]] = ..., lease_id: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
-
-class ChunkStatus(_message.Message):
-    __slots__ = ("tokens", "quality", "provenance", "stored_bytes", "tier")
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     PROVENANCE_FIELD_NUMBER: _ClassVar[int]
     STORED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIER_FIELD_NUMBER: _ClassVar[int]
-    tokens: int
-    quality: int
-    provenance: int
-    stored_bytes: int
-    tier: Tier
-    def __init__(self, tokens: _Optional[int] = ..., quality: _Optional[int] = ..., provenance: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., tier: _Optional[_Union[Tier, str]] = ...) -> None: ...
+    lease_id: bytes
+    lease_ms: int
+    tokens: _containers.RepeatedScalarFieldContainer[int]
+    quality: _containers.RepeatedScalarFieldContainer[int]
+    provenance: _containers.RepeatedScalarFieldContainer[int]
+    stored_bytes: _containers.RepeatedScalarFieldContainer[int]
+    tier: _containers.RepeatedScalarFieldContainer[Tier]
+    def __init__(self, lease_id: _Optional[bytes] = ..., lease_ms: _Optional[int] = ..., tokens: _Optional[_Iterable[int]] = ..., quality: _Optional[_Iterable[int]] = ..., provenance: _Optional[_Iterable[int]] = ..., stored_bytes: _Optional[_Iterable[int]] = ..., tier: _Optional[_Iterable[_Union[Tier, str]]] = ...) -> None: ...
+
+class RenewRequest(_message.Message):
+    __slots__ = ("lease_id", "lease_ms")
+    LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    lease_id: bytes
+    lease_ms: int
+    def __init__(self, lease_id: _Optional[bytes] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+
+class RenewResponse(_message.Message):
+    __slots__ = ("lease_ms",)
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    lease_ms: int
+    def __init__(self, lease_ms: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
     __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id")
@@ -126,18 +134,28 @@ class PutRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[PutOffer, _Mapping]] = ..., commit: _Optional[_Union[PutCommit, _Mapping]] = ..., object_index: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutOffer(_message.Message):
-    __slots__ = ("namespace_id", "layout", "part", "durability", "objects")
+    __slots__ = ("namespace_id", "layout", "part", "durability", "objects", "retention")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     OBJECTS_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     layout: bytes
     part: int
     durability: Durability
     objects: _containers.RepeatedCompositeFieldContainer[ObjectOffer]
-    def __init__(self, namespace_id: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., part: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., objects: _Optional[_Iterable[_Union[ObjectOffer, _Mapping]]] = ...) -> None: ...
+    retention: Retention
+    def __init__(self, namespace_id: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., part: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., objects: _Optional[_Iterable[_Union[ObjectOffer, _Mapping]]] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
+
+class Retention(_message.Message):
+    __slots__ = ("priority", "seconds")
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    priority: int
+    seconds: int
+    def __init__(self, priority: _Optional[int] = ..., seconds: _Optional[int] = ...) -> None: ...
 
 class ObjectOffer(_message.Message):
     __slots__ = ("chunk_hash", "parent_hash", "object_bytes", "quality")
@@ -208,7 +226,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters")
+    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +244,7 @@ class StatResponse(_message.Message):
     STAGED_BYTES_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     version: str
     node_id: str
     uptime_seconds: float
@@ -236,7 +255,8 @@ class StatResponse(_message.Message):
     staged_bytes: int
     tiers: _containers.RepeatedCompositeFieldContainer[TierStat]
     counters: _containers.ScalarMap[str, int]
-    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    pinned_bytes: int
+    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
 
 class TierStat(_message.Message):
     __slots__ = ("tier", "objects", "used_bytes", "capacity_bytes")
@@ -271,7 +291,7 @@ class ListResponse(_message.Message):
     def __init__(self, objects: _Optional[_Iterable[_Union[ObjectEntry, _Mapping]]] = ..., next_page_token: _Optional[str] = ...) -> None: ...
 
 class ObjectEntry(_message.Message):
-    __slots__ = ("namespace_id", "chunk_hash", "part", "parent_hash", "tokens", "first_position", "quality", "provenance", "stored_bytes", "tiers", "idle_seconds", "reads", "leased", "model", "revision")
+    __slots__ = ("namespace_id", "chunk_hash", "part", "parent_hash", "tokens", "first_position", "quality", "provenance", "stored_bytes", "tiers", "idle_seconds", "reads", "leased", "model", "revision", "pinned")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +307,7 @@ class ObjectEntry(_message.Message):
     LEASED_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     chunk_hash: bytes
     part: int
@@ -302,7 +323,8 @@ class ObjectEntry(_message.Message):
     leased: bool
     model: str
     revision: str
-    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hash: _Optional[bytes] = ..., part: _Optional[int] = ..., parent_hash: _Optional[bytes] = ..., tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., quality: _Optional[int] = ..., provenance: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., idle_seconds: _Optional[float] = ..., reads: _Optional[int] = ..., leased: bool = ..., model: _Optional[str] = ..., revision: _Optional[str] = ...) -> None: ...
+    pinned: bool
+    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hash: _Optional[bytes] = ..., part: _Optional[int] = ..., parent_hash: _Optional[bytes] = ..., tokens: _Optional[int] = ..., first_position: _Optional[int] = ..., quality: _Optional[int] = ..., provenance: _Optional[int] = ..., stored_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[Tier, str]]] = ..., idle_seconds: _Optional[float] = ..., reads: _Optional[int] = ..., leased: bool = ..., model: _Optional[str] = ..., revision: _Optional[str] = ..., pinned: bool = ...) -> None: ...
 
 class VerifyRequest(_message.Message):
     __slots__ = ("namespace_id", "chunk_hashes")

@@ -39,6 +39,11 @@ class StoreStub(object):
                 request_serializer=kvstore__proto_dot_v1_dot_store__pb2.LookupRequest.SerializeToString,
                 response_deserializer=kvstore__proto_dot_v1_dot_store__pb2.LookupResponse.FromString,
                 _registered_method=True)
+        self.Renew = channel.unary_unary(
+                '/kvstore.v1.Store/Renew',
+                request_serializer=kvstore__proto_dot_v1_dot_store__pb2.RenewRequest.SerializeToString,
+                response_deserializer=kvstore__proto_dot_v1_dot_store__pb2.RenewResponse.FromString,
+                _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/kvstore.v1.Store/Fetch',
                 request_serializer=kvstore__proto_dot_v1_dot_store__pb2.FetchRequest.SerializeToString,
@@ -76,6 +81,13 @@ class StoreServicer(object):
 
     def Lookup(self, request, context):
         """Longest stored prefix of a chain of chunk hashes, in one pass; takes a lease when lease_ms > 0.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Renew(self, request, context):
+        """A lease's heartbeat, or its end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,6 +140,11 @@ def add_StoreServicer_to_server(servicer, server):
                     servicer.Lookup,
                     request_deserializer=kvstore__proto_dot_v1_dot_store__pb2.LookupRequest.FromString,
                     response_serializer=kvstore__proto_dot_v1_dot_store__pb2.LookupResponse.SerializeToString,
+            ),
+            'Renew': grpc.unary_unary_rpc_method_handler(
+                    servicer.Renew,
+                    request_deserializer=kvstore__proto_dot_v1_dot_store__pb2.RenewRequest.FromString,
+                    response_serializer=kvstore__proto_dot_v1_dot_store__pb2.RenewResponse.SerializeToString,
             ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
@@ -187,6 +204,33 @@ class Store(object):
             '/kvstore.v1.Store/Lookup',
             kvstore__proto_dot_v1_dot_store__pb2.LookupRequest.SerializeToString,
             kvstore__proto_dot_v1_dot_store__pb2.LookupResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Renew(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Store/Renew',
+            kvstore__proto_dot_v1_dot_store__pb2.RenewRequest.SerializeToString,
+            kvstore__proto_dot_v1_dot_store__pb2.RenewResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,22 +1,24 @@
-"""The index against a plain model of it: any order of adds, uses, leases, drops and evictions."""
+"""The index against a plain model of it: any order of adds, uses, leases, drops, cuts and evictions."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
-import kv_objects as kv
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-import kvstore_codec as codec
-from kvstore.index.entry import Entry, ObjectKey
-from kvstore.index.index import Index
+from kvstore.index.entry import Described, ObjectKey, Retention
+from kvstore.index.index import Entry, Index
+from kvstore.policies.lru import Lru
+from kvstore_codec import Quality
 
 TIERS = ("host", "disk")
 TOKENS = 16
-HEADER = replace(codec.parse_header(kv.chunks(kv.small_layout(), 1, seed=1)[0].blob), tokens=TOKENS)
+LAYERS = (100, 200, 300)
+FLOOR = Quality.MEDIUM
 
 # A forest: two prompts that share three chunks, one of them branching again, and a prompt of its own.
 PARENTS: dict[int, int | None] = {
@@ -39,8 +41,16 @@ def parent_of(node: int) -> bytes:
     return bytes(32) if parent is None else key_of(parent).chunk_hash
 
 
-def header_of(node: int) -> codec.ObjectHeader:
-    return replace(HEADER, chunk_hash=key_of(node).chunk_hash, first_position=POSITIONS[node] * TOKENS)
+def described(parent: bytes, position: int) -> Described:
+    return Described(parent, position * TOKENS, TOKENS, Quality.HIGH, Quality.LOSSLESS, LAYERS)
+
+
+def describe(node: int) -> Described:
+    return described(parent_of(node), POSITIONS[node])
+
+
+def anything(_: Entry) -> bool:
+    return True
 
 
 def chain_to(node: int) -> list[int]:
@@ -59,8 +69,7 @@ def is_child(node: int, of: int) -> bool:
 
 @dataclass
 class Known:
-    last_use: int
-    tiers: set[str] = field(default_factory=set)
+    layers: dict[str, int] = field(default_factory=dict)  # by tier
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -68,56 +77,75 @@ class IndexMachine(RuleBasedStateMachine):
         super().__init__()
         self.leased: set[int] = set()
         self.model: dict[int, Known] = {}
-        self.uses = 0
-        self.index = Index(TIERS, lambda key: key.chunk_hash[0] - 1 in self.leased)
+        self.forgotten: list[int] = []
+        self.index = Index(
+            TIERS,
+            Lru,
+            floor=FLOOR,
+            is_held=lambda row: self.node_at(row) in self.leased,
+            on_forget=self.forgotten.append,
+        )
 
-    def used(self) -> int:
-        self.uses += 1
-        return self.uses
+    def node_at(self, row: int) -> int:
+        return self.index.key_of(row).chunk_hash[0] - 1
 
     def entry(self, node: int) -> Entry:
         entry = self.index.get(key_of(node))
         assert entry is not None
         return entry
 
-    def candidates(self, tier: str) -> list[int]:
-        """Leaves of a tier that nobody leased, least recently used first."""
-        held = [node for node, known in self.model.items() if tier in known.tiers]
-        leaves = [node for node in held if not any(is_child(other, node) for other in held)]
-        return sorted((leaf for leaf in leaves if leaf not in self.leased), key=lambda leaf: self.model[leaf].last_use)
+    def leaves(self, tier: str) -> set[int]:
+        """Of a tier, without what is leased."""
+        held = [node for node, known in self.model.items() if tier in known.layers]
+        return {node for node in held if not any(is_child(other, node) for other in held)} - self.leased
 
     def forget(self, node: int, tier: str) -> None:
-        self.model[node].tiers.discard(tier)
-        if not self.model[node].tiers:
+        self.model[node].layers.pop(tier, None)
+        if not self.model[node].layers:
             del self.model[node]
 
-    @rule(node=nodes, tier=tiers)
-    def add(self, node: int, tier: str) -> None:
-        entry = self.index.add(key_of(node), parent_of(node), header_of(node), tier, 0.0)
-        if node not in self.model:
-            self.model[node] = Known(self.used())
-        self.model[node].tiers.add(tier)
-        assert entry is self.index.get(key_of(node))
+    @rule(node=nodes, tier=tiers, layers=st.integers(1, 3))
+    def add(self, node: int, tier: str, layers: int) -> None:
+        entry = self.index.add(key_of(node), describe(node), tier, layers, 0.0)
+        self.model.setdefault(node, Known()).layers[tier] = layers
+        assert entry == self.index.get(key_of(node))
 
     @rule(node=nodes, tier=tiers)
     def drop(self, node: int, tier: str) -> None:
         entry = self.index.get(key_of(node))
         if entry is not None:
+            version = entry.version
+            held = tier in entry.tiers
             self.index.drop(entry, tier)
+            assert (entry.version != version) == held, "who read it meanwhile can tell"
             self.index.drop(entry, tier)  # idempotent
             self.forget(node, tier)
 
     @rule(node=nodes)
+    def replace(self, node: int) -> None:
+        entry = self.index.get(key_of(node))
+        if entry is not None:
+            self.index.replace(entry, describe(node))
+            self.index.add(key_of(node), describe(node), "host", 3, 0.0)
+            self.model[node].layers = {"host": 3}
+            assert entry.held, "what held it still does"
+
+    @rule(node=nodes)
     def use_a_prefix(self, node: int) -> None:
         chain = chain_to(node)
-        found = self.index.prefix(bytes(32), [key_of(each).chunk_hash for each in chain], 0)
+        rows = self.index.prefix(bytes(32), [key_of(each).chunk_hash for each in chain], 0)
         stored = 0
         while stored < len(chain) and chain[stored] in self.model:
             stored += 1
-        assert [entry.key for entry in found] == [key_of(each) for each in chain[:stored]]
-        self.index.touch(found, 1.0)
-        for each in reversed(chain[:stored]):
-            self.model[each].last_use = self.used()
+        assert [self.node_at(row) for row in rows] == chain[:stored]
+        self.index.touch(rows, 1.0)
+        if stored:
+            state = self.index.state(rows)
+            entries = [self.entry(each) for each in chain[:stored]]
+            assert state.stored_bytes == [entry.length for entry in entries]
+            assert state.qualities == [entry.quality for entry in entries]
+            for entry, tier in zip(entries, state.tiers, strict=True):
+                assert tier == next(name for name in entry.tiers if entry.layers_in(name) == entry.layers)
 
     @rule(node=nodes)
     def lease(self, node: int) -> None:
@@ -125,48 +153,63 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(tier=tiers, protected=st.none() | nodes)
     def ask_for_a_victim(self, tier: str, protected: int | None) -> None:
-        victim = self.index.victim(tier, lambda entry: protected is None or entry.key != key_of(protected))
-        expected = [node for node in self.candidates(tier) if node != protected]
-        assert (None if victim is None else victim.key) == (key_of(expected[0]) if expected else None)
+        victim = self.index.victim(tier, lambda entry: protected is None or entry.key != key_of(protected), 0.0)
+        expected = self.leaves(tier) - {protected}
+        assert (victim is None) == (not expected)
+        assert victim is None or self.node_at(victim.row) in expected
 
     @rule(tier=tiers, count=st.integers(1, 20))
     def evict(self, tier: str, count: int) -> None:
         for _ in range(count):
-            victim = self.index.victim(tier)
-            expected = self.candidates(tier)
+            expected = self.leaves(tier)
+            victim = self.index.victim(tier, anything, 0.0)
             assert (victim is None) == (not expected)
             if victim is None:
                 return
-            assert victim.key == key_of(expected[0])
+            node = self.node_at(victim.row)
+            assert node in expected
             self.index.drop(victim, tier)
-            self.forget(expected[0], tier)
+            self.forget(node, tier)
+
+    @rule(tier=tiers)
+    def shrink(self, tier: str) -> None:
+        expected = {node for node, known in self.model.items() if known.layers.get(tier, 0) == 3} - self.leased
+        entry = self.index.shrinkable(tier, anything)
+        assert (entry is None) == (not expected), "of three layers one may go before the floor"
+        if entry is not None:
+            node = self.node_at(entry.row)
+            assert node in expected
+            self.index.shrink(entry, tier, 2)
+            self.model[node].layers[tier] = 2
 
     @invariant()
     def holds_what_the_model_holds(self) -> None:
-        assert len(self.index) == len(self.model)
-        assert {entry.key: set(entry.tiers) for entry in self.index} == {
-            key_of(node): known.tiers for node, known in self.model.items()
+        assert len(self.index) == len(self.model) == len(self.index.keys())
+        assert {entry.key: {tier: entry.layers_in(tier) for tier in entry.tiers} for entry in self.index} == {
+            key_of(node): known.layers for node, known in self.model.items()
         }
         for node, known in self.model.items():
             entry = self.entry(node)
-            assert entry.last_use == known.last_use
-            assert entry.tiers == tuple(tier for tier in TIERS if tier in known.tiers), "fastest first"
+            assert entry.described == describe(node), "the parent's hash is known, stored or not"
+            assert entry.tiers == tuple(tier for tier in TIERS if tier in known.layers), "fastest first"
+            assert entry.length == LAYERS[max(known.layers.values()) - 1]
 
     @invariant()
-    def keeps_no_more_than_it_needs(self) -> None:
-        assert sum(self.index._children.values()) == sum(len(known.tiers) for known in self.model.values())
-        for queue in self.index._queues.values():
-            assert len(queue) <= 64 + 4 * len(self.index)
+    def counts_children_of_what_is_held(self) -> None:
+        for tier in TIERS:
+            for node in self.model:
+                held = [other for other, known in self.model.items() if tier in known.layers and is_child(other, node)]
+                assert int(self.index.order(tier).children[self.entry(node).row]) == len(held)
 
     def teardown(self) -> None:
         """Without leases everything can be evicted, and then nothing is left behind."""
         self.leased.clear()
         for tier in TIERS:
-            while (victim := self.index.victim(tier)) is not None:
+            while (victim := self.index.victim(tier, anything, 0.0)) is not None:
                 self.index.drop(victim, tier)
         assert len(self.index) == 0
-        assert self.index._children == {}
-        assert not any(self.index._queues.values())
+        assert (self.index._absent_parents, self.index._waiting) == ({}, {})
+        assert not any(self.index._tables.values())
 
 
 TestIndex = IndexMachine.TestCase
@@ -176,62 +219,94 @@ TestIndex = pytest.mark.slow(TestIndex)
 
 def filled(count: int) -> tuple[Index, list[Entry]]:
     """An index of one chain."""
-    index = Index(TIERS)
+    index = Index(TIERS, Lru)
     entries = []
     for position in range(count):
-        key = ObjectKey(bytes(32), position.to_bytes(32, "big"), 0)
-        header = replace(HEADER, chunk_hash=key.chunk_hash, first_position=position * TOKENS)
         parent = (position - 1).to_bytes(32, "big", signed=True)
-        entries.append(index.add(key, parent, header, "host", 0.0))
+        key = ObjectKey(bytes(32), position.to_bytes(32, "big"), 0)
+        entries.append(index.add(key, described(parent, position), "host", 3, 0.0))
     return index, entries
 
 
 def test_a_chain_goes_from_its_end() -> None:
     index, entries = filled(50)
     going = []
-    while (victim := index.victim("host")) is not None:
+    while (victim := index.victim("host", anything, 0.0)) is not None:
         going.append(victim)
         index.drop(victim, "host")
     assert going == entries[::-1]
 
 
 def test_children_added_before_their_parents_still_protect_them() -> None:
-    index = Index(TIERS)
+    index = Index(TIERS, Lru)
     for node in (3, 2, 1, 0):
-        index.add(key_of(node), parent_of(node), header_of(node), "host", 0.0)
+        index.add(key_of(node), describe(node), "host", 3, 0.0)
     going = []
-    while (victim := index.victim("host")) is not None:
+    while (victim := index.victim("host", anything, 0.0)) is not None:
         going.append(victim.key)
         index.drop(victim, "host")
     assert going == [key_of(node) for node in (3, 2, 1, 0)]
 
 
-def test_uses_without_end_do_not_grow_the_queues() -> None:
-    index, entries = filled(20)
-    index.add(entries[-1].key, entries[-1].parent, entries[-1].header, "disk", 0.0)
-    for _ in range(1000):
-        index.touch(entries, 0.0)
-    assert all(len(queue) <= 64 + 4 * len(index) for queue in index._queues.values())
-    assert index.victim("host") is entries[-1]
+def test_a_row_is_used_again_and_who_had_it_before_can_tell() -> None:
+    index, entries = filled(1)
+    gone = entries[0]
+    index.drop(gone, "host")
+    (new,) = [index.add(key_of(0), describe(0), "host", 3, 0.0)]
+    assert new.row == gone.row
+    assert (gone.held, new.held, gone == new) == (False, True, False)
 
 
-def test_dropping_everything_but_one_frees_the_queue() -> None:
-    index = Index(TIERS)
-    entries = [
-        index.add(ObjectKey(bytes(32), number.to_bytes(32, "big"), 0), bytes(32), HEADER, "host", 0.0)
-        for number in range(5000)
-    ]
-    for entry in entries[1:]:
-        index.drop(entry, "host")
-    assert len(index._queues["host"]) <= 64 + 4
-    assert index.victim("host") is entries[0]
+def test_a_better_version_that_claims_another_place_makes_no_circle() -> None:
+    index = Index(TIERS, Lru)
+    first, second = (index.add(key_of(node), describe(node), "host", 3, 0.0) for node in (0, 1))
+    after_its_child = described(second.key.chunk_hash, 2)
+    index.replace(first, after_its_child)
+    index.add(first.key, after_its_child, "host", 3, 0.0)
+    going = []
+    while (victim := index.victim("host", anything, 0.0)) is not None:
+        going.append(victim.row)
+        index.drop(victim, "host")
+    assert len(going) == 2
+
+
+def test_what_writers_asked_to_retain_goes_last_least_priority_first_until_its_time_is_over() -> None:
+    index = Index(TIERS, Lru)
+    order = [(5, 100.0), (1, 100.0), None, (1, 50.0), None]
+    for number, hint in enumerate(order):
+        key = ObjectKey(bytes(32), bytes([number]) * 32, 0)
+        retention = None if hint is None else Retention(*hint)
+        index.add(key, described(bytes(32), 0), "host", 3, 0.0, retention)
+
+    def going(now_s: float, count: int) -> list[int]:
+        gone = []
+        for _ in range(count):
+            victim = index.victim("host", anything, now_s)
+            assert victim is not None
+            gone.append(victim.key.chunk_hash[0])
+            index.drop(victim, "host")
+        return gone
+
+    assert going(10.0, 1) == [2]
+    assert going(60.0, 2) == [3, 4], "the hint of 3 has run out"
+    assert going(60.0, 2) == [1, 0]
+
+
+def test_a_lookup_of_nothing_is_nothing() -> None:
+    index, _ = filled(3)
+    rows = index.prefix(bytes(32), [b"x" * 32], 0)
+    assert len(rows) == 0
+    index.touch(rows, 1.0)
+    assert index.prefix(b"y" * 32, [bytes(32)], 0).dtype == np.int64
 
 
 def test_the_same_chunk_of_two_namespaces_or_parts_are_two_objects() -> None:
-    index = Index(TIERS)
+    index = Index(TIERS, Lru)
     key = key_of(0)
     for other in (key, key._replace(part=1), key._replace(namespace_id=b"\x01" * 32)):
-        index.add(other, bytes(32), HEADER, "host", 0.0)
+        index.add(other, describe(0), "host", 3, 0.0)
     assert len(index) == 3
-    assert index.prefix(key.namespace_id, [key.chunk_hash], 1)[0].key.part == 1
-    assert index.prefix(key.namespace_id, [key.chunk_hash], 2) == []
+    (row,) = index.prefix(key.namespace_id, [key.chunk_hash], 1)
+    assert index.key_of(row).part == 1
+    assert len(index.prefix(key.namespace_id, [key.chunk_hash], 2)) == 0
+    assert len(index.keys(key.namespace_id)) == 2

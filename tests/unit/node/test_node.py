@@ -12,12 +12,12 @@ from engine_node import (
     ROOMY,
     check_books,
     config,
-    file_of,
     filled,
     found,
     offer,
     opened,
     outcomes,
+    place_on_disk,
     put,
     read,
     tiers_of,
@@ -27,6 +27,7 @@ from tier_objects import LAYOUT, key_of
 import kvstore_codec as codec
 from kvstore.engine.node import Node
 from kvstore.errors import InvalidRequest
+from kvstore.tiers.allocator import aligned
 
 A, B, C = (kv.chunks(LAYOUT, 4, seed=seed) for seed in (1, 2, 3))
 SIZE = len(A[0].blob)
@@ -66,13 +67,13 @@ async def test_a_better_version_replaces_one_found_on_disk_at_the_start(tmp_path
         assert found(node, BY_QUALITY["high"]) == ["disk"] * 4
     async with opened(settings) as node:
         hit = node.lookup(LAYOUT.namespace_id, [chunk.hash for chunk in A], 0, 0)
-        assert [chunk.quality for chunk in hit.chunks] == [codec.Quality.HIGH] * 4
+        assert hit.qualities == [codec.Quality.HIGH] * 4
 
 
 @pytest.mark.parametrize("leased", [False, True])
 async def test_a_better_version_fits_where_the_worse_one_was(leased: bool) -> None:
     low, raw = BY_QUALITY["low"][0], BY_QUALITY["raw"][0]
-    async with opened(config(None, host=len(raw.blob))) as node:
+    async with opened(config(None, host=aligned(len(raw.blob)))) as node:
         await put(node, [low])
         found(node, [low], lease_ms=1000 if leased else 0)
         assert outcomes(await put(node, [raw])) == ["stored"]
@@ -100,9 +101,9 @@ async def test_the_quality_of_the_prefix_is_kept(tmp_path: Path) -> None:
         async with opened(settings) as node:
             if turn == 0:
                 await put(node, [chunk], durable=True)
-            (status,) = node.lookup(LAYOUT.namespace_id, [ref.hash], 0, 0).chunks
-            assert (status.quality, status.provenance) == (codec.Quality.LOSSLESS, codec.Quality.MEDIUM)
-            assert node.list_objects(None, b"", 1, "")[0][0].provenance == codec.Quality.MEDIUM
+            hit = node.lookup(LAYOUT.namespace_id, [ref.hash], 0, 0)
+            assert (hit.qualities, hit.provenances) == ([codec.Quality.LOSSLESS], [codec.Quality.MEDIUM])
+            assert (await node.operations.list_objects(None, b"", 1, ""))[0][0].provenance == codec.Quality.MEDIUM
 
 
 # Two-phase puts
@@ -264,7 +265,9 @@ async def test_layouts_come_back_and_damaged_ones_are_removed(tmp_path: Path) ->
     async with opened(settings) as node:
         assert sorted(folder.iterdir()) == sorted([intact, folder / "folder"])
         assert node.stat().namespaces == 1
-        models = {entry.key.namespace_id: entry.model for entry in node.list_objects(None, b"", 10, "")[0]}
+        models = {
+            entry.key.namespace_id: entry.model for entry in (await node.operations.list_objects(None, b"", 10, ""))[0]
+        }
         assert models == {LAYOUT.namespace_id: "test-model", OTHER.namespace_id: ""}
         assert await read(node, other[0], OTHER) == other[0].blob, "objects do not need their layout to be read"
         await put(node, kv.chunks(OTHER, 1, seed=6), OTHER, durable=True)
@@ -287,7 +290,7 @@ async def test_pages_show_everything_once(limit: int) -> None:
             await put(node, prompt)
         token, seen = "", []
         while True:
-            page, token = node.list_objects(None, b"", limit, token)
+            page, token = await node.operations.list_objects(None, b"", limit, token)
             assert 0 < len(page) <= limit
             seen += [entry.key for entry in page]
             if not token:
@@ -299,15 +302,15 @@ async def test_pages_show_everything_once(limit: int) -> None:
 async def test_a_page_token_that_is_none_is_refused(token: str) -> None:
     async with opened(config(None)) as node:
         with pytest.raises(InvalidRequest, match="page_token"):
-            node.list_objects(None, b"", 1, token)
+            await node.operations.list_objects(None, b"", 1, token)
 
 
 async def test_a_page_token_outlives_the_object_it_names() -> None:
     async with opened(config(None)) as node:
         await put(node, A)
-        page, token = node.list_objects(None, b"", 2, "")
+        page, token = await node.operations.list_objects(None, b"", 2, "")
         await node.delete(LAYOUT.namespace_id, [page[1].key.chunk_hash], 0)
-        rest, token = node.list_objects(None, b"", 2, token)
+        rest, token = await node.operations.list_objects(None, b"", 2, token)
         assert [entry.key for entry in [*page, *rest]] == sorted(key_of(chunk) for chunk in A)
         assert token == ""
 
@@ -318,7 +321,7 @@ async def test_a_page_token_outlives_the_object_it_names() -> None:
 async def verified(node: Node) -> tuple[int, set[bytes]]:
     """(objects checked, hashes found damaged)."""
     checked, damaged = 0, set()
-    async for progress in node.verify(None, None):
+    async for progress in node.operations.verify(None, None):
         checked = progress.checked
         if progress.damaged_hash is not None:
             assert progress.problem
@@ -331,9 +334,8 @@ async def test_verify_finds_and_drops_damaged_copies(tmp_path: Path) -> None:
     async with opened(settings) as node:
         await put(node, A, durable=True)
         assert await verified(node) == (4, set())
-        path = file_of(settings, A[1])
-        path.write_bytes(path.read_bytes()[:300] + b"\0" * 8 + path.read_bytes()[308:])
-        file_of(settings, A[2]).unlink()
+        place_on_disk(settings, A[1]).write(300, bytes(8))
+        place_on_disk(settings, A[2]).punch()
         assert await verified(node) == (4, {A[1].hash, A[2].hash})
         assert [tiers_of(node, chunk) for chunk in A] == [("host", "disk"), ("host",), ("host",), ("host", "disk")]
         assert await verified(node) == (4, set())

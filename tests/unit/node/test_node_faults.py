@@ -13,15 +13,16 @@ from typing import Any
 
 import kv_objects as kv
 import pytest
+from disk_places import Place
 from engine_node import (
     FakeClock,
     check_books,
     config,
-    file_of,
     filled,
     found,
     opened,
     outcomes,
+    place_on_disk,
     put,
     read,
     tiers_of,
@@ -30,45 +31,44 @@ from tier_objects import LAYOUT
 
 from kvstore.engine.node import Node
 from kvstore.errors import DiskUnusable, TierFailed
+from kvstore.tiers.allocator import aligned
 from kvstore.tiers.disk import DiskTier
 
 A, B = (kv.chunks(LAYOUT, 4, seed=seed) for seed in (1, 2))
 LOW = kv.chunks(LAYOUT, 4, seed=1, quality="low")
 SIZE = len(A[0].blob)
-COST = -(-(SIZE + 64) // 4096) * 4096
+COST = -(-SIZE // 4096) * 4096 + 256
 
 
-def cut(path: Path) -> None:
-    os.truncate(path, 100)
+def zeroed(place: Place) -> None:
+    place.write(0, bytes(SIZE))
 
 
-def emptied(path: Path) -> None:
-    os.truncate(path, 0)
+def cut(place: Place) -> None:
+    place.write(100, bytes(SIZE - 100))
 
 
-def lost(path: Path) -> None:
-    path.unlink()
+def lost(place: Place) -> None:
+    place.punch()
 
 
-def a_flipped_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[random.Random(1).randrange(SIZE)] ^= 4
-    path.write_bytes(data)
+def a_flipped_bit(place: Place) -> None:
+    place.flip(random.Random(1).randrange(SIZE), 2)
 
 
-def another_object(path: Path) -> None:
-    path.write_bytes(B[0].blob + bytes(64))
+def another_object(place: Place) -> None:
+    place.write(0, B[0].blob)
 
 
-@pytest.mark.parametrize("damage", [cut, emptied, lost, a_flipped_bit, another_object])
+@pytest.mark.parametrize("damage", [zeroed, cut, lost, a_flipped_bit, another_object])
 async def test_a_damaged_file_is_a_miss_and_can_be_put_again(
-    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, damage: Callable[[Place], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = config(tmp_path, host=0)
     async with opened(settings) as node:
         await put(node, A)
         for chunk in A[2:]:
-            damage(file_of(settings, chunk))
+            damage(place_on_disk(settings, chunk))
         assert found(node, A) == ["disk"] * 4, "nobody has looked yet"
         assert [await read(node, chunk) for chunk in A] == [A[0].blob, A[1].blob, None, None]
         assert found(node, A) == ["disk"] * 2
@@ -84,22 +84,22 @@ async def test_a_damaged_file_does_not_take_the_copy_in_memory_with_it(tmp_path:
     settings = config(tmp_path)
     async with opened(settings) as node:
         await put(node, A, durable=True)
-        a_flipped_bit(file_of(settings, A[0]))
+        a_flipped_bit(place_on_disk(settings, A[0]))
         assert await read(node, A[0]) == A[0].blob
-        assert [progress.damaged_hash async for progress in node.verify(None, [A[0].hash])] == [A[0].hash]
+        assert [progress.damaged_hash async for progress in node.operations.verify(None, [A[0].hash])] == [A[0].hash]
         assert tiers_of(node, A[0]) == ("host",)
         assert await read(node, A[0]) == A[0].blob
 
 
 def failing_put(monkeypatch: pytest.MonkeyPatch, *, times: int) -> None:
-    real, failures = DiskTier.put, iter(range(times))
+    real, failures = DiskTier.put_many, iter(range(times))
 
     def put_or_fail(self: DiskTier, *arguments: Any) -> None:
         if next(failures, None) is not None:
             raise TierFailed("disk tier cannot write: No space left on device", errno=errno.ENOSPC)
         real(self, *arguments)
 
-    monkeypatch.setattr(DiskTier, "put", put_or_fail)
+    monkeypatch.setattr(DiskTier, "put_many", put_or_fail)
 
 
 async def test_what_the_disk_refuses_stays_in_memory_and_is_not_called_durable(
@@ -133,7 +133,9 @@ async def test_what_fits_nowhere_but_on_a_disk_that_refuses_is_rejected(
 
 @pytest.mark.parametrize("host", [0, 64 << 20])
 @pytest.mark.parametrize(
-    ("function", "call"), [("writev", 1), ("fsync", 1), ("rename", 1), ("fsync", 2)], ids=lambda value: str(value)
+    ("function", "call"),
+    [("pwrite", 1), ("fdatasync", 1), ("pwrite", 2), ("fdatasync", 2)],
+    ids=lambda value: str(value),
 )
 async def test_a_replacement_that_the_disk_refuses_leaves_no_stale_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: int, function: str, call: int
@@ -142,15 +144,14 @@ async def test_a_replacement_that_the_disk_refuses_leaves_no_stale_file(
     settings = config(tmp_path, host=host)
     async with opened(settings) as node:
         await put(node, LOW[:1], durable=True)
-        owner = Path if hasattr(Path, function) else os
-        real, calls = getattr(owner, function), iter(range(1, 1000))
+        real, calls = getattr(os, function), iter(range(1, 1000))
 
         def faulty(*arguments: Any, **keywords: Any) -> Any:
             if next(calls) == call:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             return real(*arguments, **keywords)
 
-        monkeypatch.setattr(owner, function, faulty)
+        monkeypatch.setattr(os, function, faulty)
         results = await put(node, A[:1])
         await check_books(node, settings)
         monkeypatch.undo()
@@ -170,7 +171,7 @@ async def test_a_delete_that_the_disk_refuses_keeps_its_room(tmp_path: Path, mon
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
         with monkeypatch.context() as patched:
-            patched.setattr(Path, "unlink", refuse)
+            patched.setattr(os, "pwrite", refuse)
             await node.delete(LAYOUT.namespace_id, [A[3].hash], 0)
         assert found(node, A) == ["disk"] * 3
         assert node.stat().counters["tier_failures.disk.delete"] == 1
@@ -178,7 +179,9 @@ async def test_a_delete_that_the_disk_refuses_keeps_its_room(tmp_path: Path, mon
         assert holdings.queue is not None
         assert holdings.disk is not None
         assert holdings.queue.planned_bytes == holdings.disk.used_bytes == 4 * COST
-        assert outcomes(await put(node, B)) == ["stored"] * 3 + ["rejected"], "the file takes the room of one"
+        assert outcomes(await put(node, B)) == ["stored"] * 3 + ["rejected"], (
+            "what is still there takes the room of one"
+        )
         assert outcomes(await put(node, A[3:])) == ["stored"], "and is written over"
         assert "tier_failures.disk.write" not in node.stat().counters
 
@@ -209,7 +212,7 @@ async def test_a_write_that_dies_of_something_else_does_not_leave_its_put_waitin
     asyncio.get_running_loop().set_exception_handler(lambda _, context: escaped.append(context))
     async with opened(config(tmp_path)) as node:
         with monkeypatch.context() as patched:
-            patched.setattr(DiskTier, "put", die)
+            patched.setattr(DiskTier, "put_many", die)
             results = await asyncio.wait_for(put(node, A[:1], durable=True), 5)
         assert [(result.outcome, result.durable) for result in results] == [("stored", False)]
         assert await read(node, A[0]) == A[0].blob
@@ -218,13 +221,13 @@ async def test_a_write_that_dies_of_something_else_does_not_leave_its_put_waitin
 @pytest.fixture
 async def slow_disk(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     """Writes of the disk wait for this event."""
-    real, go, loop = DiskTier.put, asyncio.Event(), asyncio.get_running_loop()
+    real, go, loop = DiskTier.put_many, asyncio.Event(), asyncio.get_running_loop()
 
     def slow_put(self: DiskTier, *arguments: Any) -> None:
         asyncio.run_coroutine_threadsafe(go.wait(), loop).result()
         real(self, *arguments)
 
-    monkeypatch.setattr(DiskTier, "put", slow_put)
+    monkeypatch.setattr(DiskTier, "put_many", slow_put)
     return go
 
 
@@ -232,7 +235,7 @@ async def test_a_put_cancelled_while_it_waits_for_memory_leaves_the_others_alone
     tmp_path: Path, slow_disk: asyncio.Event
 ) -> None:
     """Memory is full of one object on its way to disk; the next put waits for it and is cancelled."""
-    settings = config(tmp_path, host=SIZE)
+    settings = config(tmp_path, host=aligned(SIZE))
     async with opened(settings) as node:
         assert outcomes(await put(node, A[:1])) == ["stored"]
         waiting = asyncio.ensure_future(node.commit(filled(node, B[:1]), durable=False))

@@ -1,0 +1,137 @@
+"""Making room in a tier: what shrinks, what moves down, what goes.
+
+Under pressure cold objects first lose their finest quality layers, down to the configured floor; then leaves go, in the
+policy's order. What memory alone holds moves to disk before it goes, where the node is told to write only then
+(`disk_write = "demote"`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
+from kvstore.index.entry import ObjectKey
+from kvstore.index.index import Entry, Index
+from kvstore.index.leases import Leases
+from kvstore.index.pins import Pins
+from kvstore.metrics import NodeMetrics
+from kvstore.tiers.host import HostTier
+
+
+class Room:
+    """`demote`: starts the write of an object to disk; False where that cannot be. None: nothing moves down."""
+
+    def __init__(
+        self, index: Index, leases: Leases, pins: Pins, host: HostTier, queue: DiskQueue | None, metrics: NodeMetrics,
+        clock: Callable[[], float], demote: Callable[[Entry], bool] | None,
+    ) -> None:  # fmt: skip
+        self._index, self._leases, self._pins = index, leases, pins
+        self._host, self._queue = host, queue
+        self._metrics, self._clock, self._demote = metrics, clock, demote
+
+    def in_host(self, key: ObjectKey, length: int, may_go: MayGo = anything, *, used_before: float = math.inf) -> bool:
+        """Makes room for an object, which replaces what is held under its key, by what `may_go` and was last used
+        before the use `used_before`.
+
+        False where nothing (more) may go, or what goes is on its way to disk: worth another try after a write."""
+        if length > self._host.capacity_bytes:
+            return False
+
+        def may_leave(entry: Entry) -> bool:
+            return entry.key != key and entry.last_use < used_before and may_go(entry)
+
+        moving = 0
+        while moving < length and not self._host.room_for(length - moving, replacing=key):
+            if self._shrink_in_host(may_leave):
+                continue
+            entry = self.victim("host", may_leave)
+            if entry is None:
+                return False
+            if self._demote is not None and entry.tiers == ("host",) and self._demote(entry):
+                moving += entry.length_in("host")  # it can go when it is on disk
+            else:
+                self.evict(entry, "host", "capacity")
+        return not moving
+
+    def on_disk(self, length: int, may_go: MayGo = anything) -> bool:
+        """Makes room for an object of `length` bytes; False where nothing (more) may go."""
+        if self._queue is None:
+            return False
+        while self._queue.lacks_room_for(length):
+            if self._shrink_on_disk(may_go):
+                continue
+            entry = self.victim("disk", may_go)
+            if entry is None:
+                return False
+            self.evict(entry, "disk", "capacity")
+        return True
+
+    def victim(self, tier: str, may_go: MayGo = anything) -> Entry | None:
+        """What goes next from a tier."""
+        self._expire()
+        return self._index.victim(tier, lambda entry: may_go(entry) and not self._keeps(entry, tier), self._clock())
+
+    def may_evict(self, entry: Entry, tier: str) -> bool:
+        """Whether it may go, in whatever order."""
+        self._expire()
+        return tier in entry.tiers and not self._leases.holds(entry.row) and not self._keeps(entry, tier)
+
+    def evict(self, entry: Entry, tier: str, reason: str) -> None:
+        self.drop(entry, tier)
+        self._metrics.evictions.labels(tier, reason).inc()
+
+    def drop(self, entry: Entry, tier: str) -> None:
+        """Removes an object from one tier; on disk it goes in order with the writes."""
+        length = entry.length_in(tier)
+        if not length:
+            return
+        key = entry.key
+        self._index.drop(entry, tier)
+        if tier == "host":
+            self._host.delete(key)
+        elif self._queue is not None:
+            self._queue.delete(key, length)
+
+    def is_writing(self, key: ObjectKey) -> bool:
+        return self._queue is not None and self._queue.is_writing(key)
+
+    def _keeps(self, entry: Entry, tier: str) -> bool:
+        """Reasons of the engine's to keep a copy where it is: it is on its way to disk, or the last of a pinned
+        object."""
+        if tier == "host" and self.is_writing(entry.key):
+            return True
+        return self._pins.holds(entry.row) and len(entry.tiers) == 1
+
+    def _shrink_in_host(self, may_shrink: MayGo) -> bool:
+        """Where the disk has the object too, it may as well go from memory altogether."""
+        self._expire()
+        entry = self._index.shrinkable(
+            "host", lambda entry: entry.tiers == ("host",) and not self._keeps(entry, "host") and may_shrink(entry)
+        )
+        if entry is None:
+            return False
+        layers = entry.layers_in("host") - 1
+        self._host.truncate(entry.key, entry.described.layer_bytes[layers - 1])
+        self._count_shrunk(entry, "host", layers)
+        return True
+
+    def _shrink_on_disk(self, may_shrink: MayGo) -> bool:
+        assert self._queue is not None
+        self._expire()
+        entry = self._index.shrinkable("disk", lambda entry: not self._keeps(entry, "disk") and may_shrink(entry))
+        if entry is None:
+            return False
+        layers = entry.layers_in("disk") - 1
+        self._queue.truncate(entry.key, entry.length_in("disk"), entry.described.layer_bytes[layers - 1])
+        self._count_shrunk(entry, "disk", layers)
+        return True
+
+    def _count_shrunk(self, entry: Entry, tier: str, layers: int) -> None:
+        self._index.shrink(entry, tier, layers)
+        self._metrics.degradations.labels(tier, entry.described.quality_of(layers).label, "capacity").inc()
+
+    def _expire(self) -> None:
+        now_s = self._clock()
+        self._leases.expire(now_s)
+        self._pins.expire(now_s)
