@@ -50,7 +50,9 @@ class Trace:
     @cached_property
     def block_tokens(self) -> int:
         """The power of two that fits every request's length; 0 where the trace has no lengths."""
-        most = max((-(-tokens // len(ids)) for tokens, ids in zip(self.tokens, self.requests) if ids), default=0)
+        most = max(
+            (-(-tokens // len(ids)) for tokens, ids in zip(self.tokens, self.requests, strict=False) if ids), default=0
+        )
         return 1 << (most - 1).bit_length() if most else 0
 
     @cached_property
