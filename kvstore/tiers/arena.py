@@ -64,6 +64,11 @@ class Block:
         return None if self.exporter is None else self.exporter()
 
 
+def allocator_for(capacity_bytes: int, page_bytes: int) -> Allocator:
+    memory_bytes_max = aligned(capacity_bytes + max(capacity_bytes // SPARE_PART, SPARE_BYTES_MIN), page_bytes)
+    return Allocator(SPACE_FACTOR * memory_bytes_max, memory_bytes_max, page_bytes)
+
+
 class Arena:
     """Holds up to `capacity_bytes` and takes a sixteenth (at least 1 MiB) more memory at most; starts with none.
 
@@ -71,9 +76,7 @@ class Arena:
     ConfigError."""
 
     def __init__(self, capacity_bytes: int, *, huge_pages: bool) -> None:
-        page_bytes = _huge_page_bytes() if huge_pages else mmap.PAGESIZE
-        memory_bytes_max = aligned(capacity_bytes + max(capacity_bytes // SPARE_PART, SPARE_BYTES_MIN), page_bytes)
-        self._allocator = Allocator(SPACE_FACTOR * memory_bytes_max, memory_bytes_max, page_bytes)
+        self._allocator = allocator_for(capacity_bytes, _huge_page_bytes() if huge_pages else mmap.PAGESIZE)
         self._huge_pages = huge_pages
         self.fd, self._mapping = _map(self._allocator.space_bytes, huge_pages)
         self._close_fd = weakref.finalize(self, os.close, self.fd)
@@ -143,7 +146,7 @@ class Arena:
             exporter = np.frombuffer(self._mapping, np.uint8, block.length, block.offset)
             exporter.flags.writeable = False
             block.exporter = weakref.ref(exporter)
-        return memoryview(exporter)[:length]
+        return exporter.data[:length]
 
     def cut(self, block: Block, length: int) -> None:
         """Keeps the first `length` bytes. What is lent of the rest stays until views of before and since have died."""
