@@ -234,6 +234,29 @@ def bench() -> None:  # with a callback, a lone command keeps its name
     pass
 
 
+@bench_app.command("trace")
+def trace(
+    file: Annotated[Path, typer.Argument(help="Requests as JSON lines with timestamp and hash_ids; .zst or plain.")],
+    capacity: Annotated[
+        list[str] | None,
+        typer.Option("--capacity", help='"1%" of the unique blocks, or "10GiB"; may be repeated (1, 3, 10, 30 %).'),
+    ] = None,
+    policy: Annotated[list[str] | None, typer.Option("--policy", help="May be repeated (default: all).")] = None,
+    block_bytes: Annotated[str, typer.Option("--block-bytes", help='Size of a block, such as "1MiB".')] = "",
+    degrade: Annotated[bool, typer.Option("--degrade", help="Also let cold objects lose quality first.")] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw hit rates over capacity: .png, .svg, .pdf.")] = None,
+    json: Json = False,
+) -> None:
+    """Replay a trace of requests: the hit rate of every eviction policy beside Belady's optimum."""
+    from kvstore.cli import bench_trace
+
+    options = bench_trace.Options(
+        capacities=tuple(capacity or bench_trace.CAPACITIES), policies=tuple(policy or bench_trace.POLICIES),
+        block_bytes=block_bytes, degrade=degrade, plot=plot,
+    )  # fmt: skip
+    bench_trace.bench_trace(file, options, json)
+
+
 @bench_app.command("codec")
 def codec(
     kv: Annotated[
