@@ -21,10 +21,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from kvstore.tiers.base import Bytes
-from kvstore.tiers.disk_writer import BLOCK_BYTES, DiskWriter, blocks_of, create
+from kvstore.tiers.disk_writer import BLOCK_BYTES, DiskWriter, aligned, blocks_of, open_direct
 
 log = logging.getLogger(__name__)
 
@@ -139,20 +137,17 @@ class Segments:
     def read(self, place: tuple[int, int], length: int) -> memoryview | None:
         """None where the file ends before, or is gone. Raises OSError."""
         try:
-            descriptor = os.open(self.path(place[0]), os.O_RDONLY)
+            descriptor = open_direct(self.path(place[0]), os.O_RDONLY)
         except FileNotFoundError:
             return None
         try:
-            view = np.empty(length, np.uint8).data  # unlike a bytearray, not zeroed first
-            offset, at = place[1] * BLOCK_BYTES, 0
+            view, at = aligned(blocks_of(length) * BLOCK_BYTES), 0
             while at < length:
-                count = os.preadv(descriptor, [view[at:]], offset + at)
+                count = os.preadv(descriptor, [view[at:]], place[1] * BLOCK_BYTES + at)
                 if not count:
                     return None
                 at += count
-            # Memory is the host tier's, by configuration: what is read goes there, not into the page cache as well.
-            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
-            return view
+            return view[:length]
         finally:
             os.close(descriptor)
 
@@ -169,7 +164,7 @@ class Segments:
             self._finish()
         if self._descriptor is None:
             path = self.path(self._last + 1)
-            descriptor = create(path)
+            descriptor = open_direct(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             try:
                 sync_directory(self._folder)
             except OSError:

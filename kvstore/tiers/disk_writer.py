@@ -28,16 +28,21 @@ def blocks_of(length: int) -> int:
     return -(-length // BLOCK_BYTES)
 
 
-def create(path: Path) -> int:
-    """A new file, for direct I/O where the file system knows it. Raises OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+def open_direct(path: Path, flags: int) -> int:
+    """A descriptor for direct I/O, or for other where the file system does not know it. Raises OSError."""
     try:
         return os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-    path.unlink(missing_ok=True)  # some leave it behind
-    return os.open(path, flags, 0o644)
+    return os.open(path, flags & ~os.O_EXCL, 0o644)  # some have created it, and then refused
+
+
+def aligned(size: int) -> memoryview:
+    """Memory that direct I/O can fill; not zeroed."""
+    memory = np.empty(size + BLOCK_BYTES, np.uint8)
+    skip = -memory.ctypes.data % BLOCK_BYTES
+    return memory[skip : skip + size].data
 
 
 class DiskWriter:
