@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import kv_objects as kv
 import pytest
+from command import OK, PROBLEM, UNREACHABLE, USAGE, admin, admin_json, error_line, run
 from node_process import KVSTORE, NodeProcess, clean_environment
 
 from kvstore import __version__
 
 LAYOUT = kv.small_layout()
-OK, PROBLEM, USAGE, UNREACHABLE = 0, 1, 2, 3
-
-
-def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [KVSTORE, *arguments], capture_output=True, text=True, timeout=60, check=False,
-        env=clean_environment(**{"COLUMNS": "200", **variables}),
-    )  # fmt: skip
-
-
-def admin(node: NodeProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("admin", *arguments, "--target", node.address)
-
-
-def admin_json(node: NodeProcess, *arguments: str, code: int = OK) -> Any:
-    done = admin(node, *arguments, "--json")
-    assert done.returncode == code, done.stderr
-    return json.loads(done.stdout)
-
-
-def error_line(done: subprocess.CompletedProcess[str], code: int) -> str:
-    assert done.returncode == code, done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("kvstore: ")
-    return lines[0]
 
 
 def test_version_and_help() -> None:
     assert run("--version").stdout == f"kvstore {__version__}\n"
-    for command in ([], ["serve"], ["admin"], *(["admin", name] for name in ("stat", "ls", "show", "verify", "evict"))):
+    admin_commands = ("stat", "ls", "show", "verify", "evict", "pin", "unpin", "top", "doctor")
+    for command in ([], ["serve"], ["admin"], *(["admin", name] for name in admin_commands)):
         done = run(*command, "--help")
         assert (done.returncode, done.stderr) == (OK, "")
         assert "Usage: kvstore" in done.stdout
@@ -74,6 +48,12 @@ def test_help_loads_no_server() -> None:
         (["admin", "stat", "--deadline", "soon"], "--deadline"),
         (["admin", "evict"], "--bytes"),
         (["admin", "evict", "--bytes", "some"], "some"),
+        (["admin", "pin"], "HASH"),
+        (["admin", "pin", "ab", "--for", "soon"], "soon"),
+        (["admin", "pin", "ab", "--for", "1h", "--hard"], "--hard"),
+        (["admin", "unpin"], "--all"),
+        (["admin", "top", "--interval", "0"], "--interval"),
+        (["admin", "doctor", "--only", "weather"], "weather"),
         (["serve", "--host-capacity", "lots"], "--host-capacity"),
         (["serve", "--log-level", "loud"], "--log-level"),
         (["serve", "--listen", "nowhere"], "--listen"),
@@ -161,7 +141,8 @@ def test_a_node_that_is_down_is_exit_code_3() -> None:
         port = silent.getsockname()[1]
         slow = run("admin", "stat", "--target", f"127.0.0.1:{port}", "--deadline", "0.3")
     error_line(slow, UNREACHABLE)
-    for command in (["stat"], ["ls"], ["show", "ab"], ["verify"], ["evict", "--all"]):
+    calls = (["stat"], ["ls"], ["show", "ab"], ["verify"], ["evict", "--all"], ["pin", "ab"], ["unpin", "--all"])
+    for command in (*calls, ["top", "--once"]):
         line = error_line(run("admin", *command, "--target", f"127.0.0.1:{port}"), UNREACHABLE)
         assert f"127.0.0.1:{port}" in line
 
