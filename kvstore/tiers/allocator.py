@@ -3,10 +3,10 @@
 The arena's address space is several times what it may hold, because addresses cost nothing and memory does. An address
 is part of a block, *warm* (free, with memory behind it) or *cold* (free, without). A block goes where memory is: into
 the smallest warm range that holds it (best fit). Where there is none, though enough is free in pieces, nothing is
-moved: whole pages of the largest warm ranges are given up, and the block takes as many new ones in the cold. The page
-tables do the compacting, so free memory is lost to fragmentation only in pieces of less than a page, at the edges of
-blocks. Moving blocks together instead would stall the caller for as long as it takes to copy everything in the way,
-and could not touch what somebody is reading.
+moved: the block goes into the smallest gap between blocks, warm and cold together, and for the pages that it lacks
+there, whole pages of the largest warm ranges elsewhere are given up. The page tables do the compacting, so free memory
+is lost to fragmentation only in pieces of less than a page, at the edges of blocks. Moving blocks together instead
+would stall the caller for as long as it takes to copy everything in the way, and could not touch what somebody reads.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Range(NamedTuple):
 
 class Placement(NamedTuple):
     """Where a block goes. Before it is written, the memory behind `give_up` has to be given back, and the pages `cold`
-    need memory: none of them for a block in a warm range; the last may reach beyond the block."""
+    need memory: none for a block in a warm range; the last may reach beyond the block."""
 
     offset: int
-    cold: Range
+    cold: tuple[Range, ...]
     give_up: tuple[Range, ...]
 
 
@@ -90,6 +90,10 @@ class FreeRanges:
         """Start of the range that ends there."""
         return self._start_of.get(end)
 
+    def __contains__(self, start: int) -> bool:
+        """Whether a range starts there."""
+        return start in self._end_of
+
     def take_pages(self, wanted_bytes: int) -> list[Range]:
         """Takes out whole pages of this many bytes, from the largest ranges. There are as many."""
         chosen = []
@@ -125,7 +129,9 @@ class Allocator:
         assert space_bytes % page_bytes == memory_bytes_max % page_bytes == 0, "limits are whole pages"
         self.space_bytes, self.memory_bytes_max, self.page_bytes = space_bytes, memory_bytes_max, page_bytes
         self._warm, self._cold = FreeRanges(page_bytes), FreeRanges(page_bytes)
+        self._gaps = FreeRanges(page_bytes)  # both, joined: what lies between two blocks
         self._cold.add(0, space_bytes)
+        self._gaps.add(0, space_bytes)
         self.given_up_bytes = 0
 
     @property
@@ -146,52 +152,70 @@ class Allocator:
         """Whether a block can be placed; with `freed`, once that block is."""
         if self._warm.best_fit(length) is not None or (freed is not None and length <= freed.length):
             return True
-        return self._fits_cold(length, self._warm.pages_of(*freed).length if freed is not None else 0)
+        return self._fits_gap(length, self._warm.pages_of(*freed).length if freed is not None else 0)
 
     def place(self, length: int) -> Placement | None:
         """None where it does not fit."""
         start = self._warm.best_fit(length)
         if start is not None:
+            self._take_from_gap(start, start + length)
             self._warm.add(start + length, self._warm.remove(start))
-            return Placement(start, Range(start, start), ())
-        if not self._fits_cold(length, 0):
-            return None
-        short_bytes = self.memory_bytes + aligned(length, self.page_bytes) - self.memory_bytes_max
-        give_up = self._warm.take_pages(short_bytes)
-        for pages in give_up:
-            self._cold.add(*pages)
-            self.given_up_bytes += pages.length
-        return self._place_cold(length, tuple(give_up))
+            return Placement(start, (), ())
+        return self._place_in_gap(length) if self._fits_gap(length, 0) else None
 
     def free(self, offset: int, length: int) -> None:
         """Of a block, or of a part of it."""
         self._warm.add(offset, offset + length)
+        self._gaps.add(offset, offset + length)
 
     def retract(self, placement: Placement, length: int) -> None:
         """Of a block that could not be written: its cold pages are cold again."""
+        self._gaps.add(placement.offset, placement.offset + length)
         start = self._warm.add(placement.offset, placement.offset + length)
-        cold = placement.cold
-        if cold.length:
+        for pages in placement.cold:
             end = self._warm.remove(start)
-            self._warm.add(start, cold.start)
-            self._warm.add(cold.end, end)
-            self._cold.add(*cold)
+            self._warm.add(start, pages.start)
+            self._cold.add(*pages)
+            start = pages.end
+            self._warm.add(start, end)
 
-    def _fits_cold(self, length: int, freed_bytes: int) -> bool:
+    def _fits_gap(self, length: int, freed_bytes: int) -> bool:
         """`freed_bytes`: whole pages that will be warm besides those that are."""
         kept_bytes = self.memory_bytes - self._warm.whole_pages_bytes - freed_bytes
         enough_memory = kept_bytes + aligned(length, self.page_bytes) <= self.memory_bytes_max
-        return enough_memory and self._cold.best_fit(length) is not None
+        return enough_memory and self._gaps.best_fit(length) is not None
 
-    def _place_cold(self, length: int, give_up: tuple[Range, ...]) -> Placement:
-        cold_start = self._cold.best_fit(length)
-        assert cold_start is not None, "giving up pages only adds to the cold"
-        cold_end = self._cold.remove(cold_start)
-        edge = self._warm.ending_at(cold_start)  # the rest of the page where the block before it ends
-        if edge is not None:
-            self._warm.remove(edge)
-        offset = cold_start if edge is None else edge
-        touched_end = aligned(offset + length, self.page_bytes)
-        self._cold.add(touched_end, cold_end)
-        self._warm.add(offset + length, touched_end)
-        return Placement(offset, Range(cold_start, touched_end), give_up)
+    def _place_in_gap(self, length: int) -> Placement:
+        offset = self._gaps.best_fit(length)
+        assert offset is not None, "it fits"
+        end = offset + length
+        self._gaps.add(end, self._gaps.remove(offset))
+        at, cold = offset, []
+        while at < end:
+            if at in self._warm:
+                reached = self._warm.remove(at)
+            else:
+                cold_end = self._cold.remove(at)
+                reached = min(cold_end, aligned(end, self.page_bytes))
+                self._cold.add(reached, cold_end)
+                cold.append(Range(at, reached))
+            at = reached
+        self._warm.add(end, at)
+        give_up = self._warm.take_pages(self.memory_bytes - self.memory_bytes_max)
+        for pages in give_up:
+            self._cold.add(*pages)
+            self.given_up_bytes += pages.length
+        return Placement(offset, tuple(cold), tuple(give_up))
+
+    def _take_from_gap(self, start: int, end: int) -> None:
+        gap_start = start
+        while (before := self._before(gap_start)) is not None:
+            gap_start = before
+        gap_end = self._gaps.remove(gap_start)
+        self._gaps.add(gap_start, start)
+        self._gaps.add(end, gap_end)
+
+    def _before(self, start: int) -> int | None:
+        """Start of the free range that ends where this one starts."""
+        warm = self._warm.ending_at(start)
+        return self._cold.ending_at(start) if warm is None else warm

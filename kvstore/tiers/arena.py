@@ -130,8 +130,8 @@ class Arena:
         try:
             for start, end in placement.give_up:
                 self._mapping.madvise(mmap.MADV_REMOVE, start, end - start)
-            if placement.cold.length:
-                self._commit(placement.cold)
+            for pages in placement.cold:
+                self._commit(pages)
         except OSError as error:
             self._retract(placement, placed_bytes)
             raise TierFailed(f"no memory for the host tier: {error.strerror}", errno=error.errno) from error
@@ -175,8 +175,8 @@ class Arena:
 
     def _retract(self, placement: Placement, placed_bytes: int) -> None:
         self._allocator.retract(placement, placed_bytes)
-        if placement.cold.length:
-            self._mapping.madvise(mmap.MADV_REMOVE, placement.cold.start, placement.cold.length)
+        for start, end in placement.cold:
+            self._mapping.madvise(mmap.MADV_REMOVE, start, end - start)
 
     def _release(self, block: Block, place: Range) -> None:
         exporter = block.lent()

@@ -36,9 +36,9 @@ class AnyOrder(RuleBasedStateMachine):
         for pages in placement.give_up:
             assert self.state(pages) == {WARM}, "only free memory is given up"
             self.mark(pages, COLD)
-        if placement.cold.length:
-            assert self.state(placement.cold) == {COLD}, "what is said to be without memory is"
-            self.mark(placement.cold, WARM)
+        for pages in placement.cold:
+            assert self.state(pages) == {COLD}, "what is said to be without memory is"
+            self.mark(pages, WARM)
         block = Range(placement.offset, placement.offset + length)
         assert self.state(block) == {WARM}, "nobody else's, and with memory"
         self.mark(block, USED)
@@ -63,7 +63,8 @@ class AnyOrder(RuleBasedStateMachine):
         if placement is not None:
             self.mark(self.apply(placement, units * UNIT), WARM)
             self.allocator.retract(placement, units * UNIT)
-            self.mark(placement.cold, COLD)
+            for pages in placement.cold:
+                self.mark(pages, COLD)
 
     @precondition(lambda self: self.blocks)
     @rule(data=st.data())
@@ -125,13 +126,13 @@ def test_a_block_takes_the_smallest_free_place_that_has_memory() -> None:
     blocks = [placed(allocator, length).offset for length in (4 * PAGE, UNIT, 2 * PAGE, UNIT, 3 * PAGE, UNIT)]
     for index, length in ((0, 4 * PAGE), (2, 2 * PAGE), (4, 3 * PAGE)):
         allocator.free(blocks[index], length)
-    assert placed(allocator, 2 * PAGE + UNIT) == (blocks[4], Range(blocks[4], blocks[4]), ())
+    assert placed(allocator, 2 * PAGE + UNIT) == (blocks[4], (), ())
 
 
 def test_blocks_share_pages_and_new_memory_is_taken_page_by_page() -> None:
     allocator = Allocator(64 * PAGE, 16 * PAGE, PAGE)
-    assert placed(allocator, PAGE + UNIT) == (0, Range(0, 2 * PAGE), ())
-    assert placed(allocator, PAGE) == (PAGE + UNIT, Range(2 * PAGE, 3 * PAGE), ())
+    assert placed(allocator, PAGE + UNIT) == (0, (Range(0, 2 * PAGE),), ())
+    assert placed(allocator, PAGE) == (PAGE + UNIT, (Range(2 * PAGE, 3 * PAGE),), ())
     assert (allocator.used_bytes, allocator.memory_bytes) == (2 * PAGE + UNIT, 3 * PAGE)
 
 
@@ -147,6 +148,13 @@ def test_memory_free_in_pieces_is_exchanged_for_memory_in_one() -> None:
     assert (allocator.memory_bytes, allocator.given_up_bytes) == (8 * PAGE, 3 * PAGE)
     assert allocator.fits(PAGE)
     assert not allocator.fits(PAGE + UNIT)
+
+
+def test_a_gap_is_used_with_what_memory_it_has() -> None:
+    allocator = Allocator(64 * PAGE, 9 * PAGE, PAGE)
+    blocks = [placed(allocator, 2 * PAGE).offset for _ in range(4)]
+    allocator.free(blocks[3], 2 * PAGE)
+    assert placed(allocator, 3 * PAGE) == (6 * PAGE, (Range(8 * PAGE, 9 * PAGE),), ())
 
 
 @pytest.mark.slow
