@@ -307,8 +307,8 @@ def main() -> None:
     live = replay_tier(replayed, sizes[parsed.chunk_tokens[0]], parsed.memory_mib * MIB, parsed.requests)
     render.print_table(live_table(live))
     print(
-        f"read: {live.read_us:.1f} µs one after the other, median {live.read_after_copying_us:.1f} µs of {live.reads:,} "
-        f"between copies of megabytes; exchanged {live.exchanged:.2f} bytes a byte put; "
+        f"read: {live.read_us:.1f} µs one after the other, median {live.read_after_copying_us:.1f} µs of {live.reads:,}"
+        f" between copies of megabytes; exchanged {live.exchanged:.2f} bytes a byte put; "
         f"stranded at most {live.stranded_max:.2%}; waiting for views at most {live.waiting_bytes_max / MIB:.0f} MiB; "
         f"memory {live.memory_bytes / live.capacity_bytes:.1%} of the capacity"
     )

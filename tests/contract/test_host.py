@@ -340,13 +340,13 @@ def test_without_memory_a_put_fails_and_changes_nothing(tier: HostTier, monkeypa
 
 def test_a_capacity_beyond_the_processs_addresses_is_refused_in_one_line() -> None:
     program = (
-        "import resource; from kvstore.tiers.host import HostTier\n"
+        "import resource; from kvstore.errors import ConfigError; from kvstore.tiers.host import HostTier\n"
         "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
         "try: HostTier(8 << 30)\n"
-        "except Exception as error: print(type(error).__name__, error)"
+        "except ConfigError as error: print('refused:', error)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("ConfigError host_capacity: ")
+    assert run.stdout.startswith("refused: host_capacity: ")
     assert "ulimit -v" in run.stdout
     assert run.stdout.count("\n") == 1
 
