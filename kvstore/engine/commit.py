@@ -11,7 +11,7 @@ from kvstore.engine.model import Offer, Outcome, Result
 from kvstore.engine.shared import Shared
 from kvstore.engine.stage import Stage
 from kvstore.index.entry import Described, ObjectKey, Retention
-from kvstore.index.index import Entry
+from kvstore.index.held import Entry
 from kvstore.metrics import NodeMetrics
 from kvstore_codec import KVLayout, ObjectHeader
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey, Retention
-from kvstore.index.index import Entry, Index
+from kvstore.index.held import Entry
+from kvstore.index.index import Index
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes
 from kvstore.tiers.disk import DiskTier, NewObject

@@ -14,11 +14,13 @@ from typing import Literal, TypeVar
 import kvstore_codec as codec
 from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
 from kvstore.engine.room import Room
-from kvstore.engine.shared import SharedObject, described_of
+from kvstore.engine.shared import SharedObject
 from kvstore.errors import TierFailed
 from kvstore.index.entry import Described, ObjectKey, Retention
-from kvstore.index.index import Entry, Index, NewPolicy
+from kvstore.index.held import Entry
+from kvstore.index.index import Index, NewPolicy
 from kvstore.index.leases import Leases
+from kvstore.index.loading import load
 from kvstore.index.pins import Pins
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, Tier
@@ -144,7 +146,7 @@ class Holdings:
         data = self.host.read(key, length)
         if data is None or not self.room.on_disk(length, may_go):
             return None
-        return self.queue.put(key, entry.described, entry.layers_in("host"), data, on_disk=0)
+        return self.queue.put(key, entry.described, entry.layers_in("host"), data, on_disk=entry.length_in("disk"))
 
     def take_in(self, key: ObjectKey, found: SharedObject) -> None:
         """Keeps in memory what was read from the shared tier, where that costs nothing that was used since."""
@@ -210,9 +212,7 @@ class Holdings:
 
     def _load(self, disk: DiskTier) -> None:
         now_s = self._clock()
-        for stored in disk.scan():
-            described = described_of(stored)
-            self.index.add(stored.key, described, "disk", described.layers, now_s)
+        load(self.index, "disk", disk.scan(), now_s)
         while disk.used_bytes > disk.capacity_bytes:
             entry = self.index.victim("disk", anything, now_s)
             assert entry is not None, "nothing is leased yet, so something is a leaf"

@@ -12,7 +12,7 @@ from kvstore.engine.namespaces import Namespaces
 from kvstore.engine.pin_file import PinFile
 from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey
-from kvstore.index.index import Entry
+from kvstore.index.held import Entry
 from kvstore.metrics import NodeMetrics
 
 OnDisk = Callable[[Callable[[], None], str], None]

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
 from kvstore.index.entry import ObjectKey
-from kvstore.index.index import Entry, Index
+from kvstore.index.held import Entry
+from kvstore.index.index import Index
 from kvstore.index.leases import Leases
 from kvstore.index.pins import Pins
 from kvstore.metrics import NodeMetrics

@@ -13,7 +13,8 @@ _FIRST_ROWS = 1024
 _GROWTH = 1.25  # rows that are not used yet cost memory too
 
 ROW = np.dtype([
-    ("group", np.uint32),  # which table of hashes it is in
+    ("hash", np.uint64, 4),  # the chunk's
+    ("group", np.uint32),  # namespace and part
     ("parent", np.int32),  # row of the chunk before it, or -1
     ("depth", np.uint32),  # chunks before it
     ("first_position", np.uint64),
@@ -66,6 +67,14 @@ class Columns:
             self._grow()
         self._rows += 1
         return self._rows - 1
+
+    def take_many(self, count: int) -> npt.NDArray[np.int64]:
+        """Rows that follow each other, of columns that were never used otherwise."""
+        first = self._rows
+        while first + count > len(self.layers[0]):
+            self._grow()
+        self._rows += count
+        return np.arange(first, first + count)
 
     def give_back(self, row: int) -> None:
         for name, column in self._columns.items():

@@ -17,101 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.index.columns import Columns
 from kvstore.index.entry import Described, ObjectKey, Retention
-from kvstore.index.order import Rows, TierOrder
+from kvstore.index.hash_table import HashTable, Rows, words
+from kvstore.index.held import Entry
+from kvstore.index.order import TierOrder
 from kvstore.policies.base import Policy
 from kvstore_codec import Quality
 
 DEPTH_MAX = (1 << 32) - 1
+HASH_BYTES = 32
 NewPolicy = Callable[[], Policy]
-
-
-class Entry:
-    """One object in the index. `held` is False once it is gone, also where another object took its row."""
-
-    __slots__ = ("_birth", "_index", "row")
-
-    def __init__(self, index: Index, row: int) -> None:
-        self._index, self.row = index, row
-        self._birth = int(index.columns["birth"][row])
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Entry) and (self._index, self.row, self._birth) == (
-            other._index, other.row, other._birth,
-        )  # fmt: skip
-
-    def __hash__(self) -> int:
-        return hash((self.row, self._birth))
-
-    @property
-    def held(self) -> bool:
-        return int(self._index.columns["birth"][self.row]) == self._birth and self.row in self._index
-
-    @property
-    def version(self) -> int:
-        """Changes whenever what a tier holds of this object changes: what was read before and after is the same bytes
-        if this is the same."""
-        return int(self._index.columns["version"][self.row])
-
-    @property
-    def key(self) -> ObjectKey:
-        return self._index.key_of(self.row)
-
-    @property
-    def described(self) -> Described:
-        return self._index.described(self.row)
-
-    @property
-    def tiers(self) -> tuple[str, ...]:
-        """Those that hold it or a prefix of it, fastest first."""
-        return tuple(
-            name for name, layers in zip(self._index.tiers, self._index.layers_by_tier(self.row), strict=True) if layers
-        )
-
-    def layers_in(self, tier: str) -> int:
-        """Quality layers that a tier holds; 0: none."""
-        return int(self._index.order(tier).layers[self.row])
-
-    def length_in(self, tier: str) -> int:
-        """Bytes that a tier holds of it."""
-        layers = self.layers_in(tier)
-        return self.described.layer_bytes[layers - 1] if layers else 0
-
-    @property
-    def layers(self) -> int:
-        """The most quality layers that a tier holds."""
-        return max(self._index.layers_by_tier(self.row))
-
-    @property
-    def length(self) -> int:
-        return self.described.layer_bytes[self.layers - 1]
-
-    @property
-    def quality(self) -> Quality:
-        """The best that is held."""
-        return self.described.quality_of(self.layers)
-
-    def at_least(self, quality: int) -> bool:
-        """Holds `quality` or better."""
-        return self.quality <= quality
-
-    @property
-    def last_use(self) -> int:
-        """Of two objects the one used later has the larger; those of one prefix have the same."""
-        return int(self._index.columns["last_use"][self.row])
-
-    @property
-    def last_use_s(self) -> float:
-        return float(self._index.columns["last_use_s"][self.row])
-
-    @property
-    def reads(self) -> int:
-        return int(self._index.columns["reads"][self.row])
-
-    def count_read(self) -> None:
-        self._index.columns["reads"][self.row] += np.uint32(1)
 
 
 class PrefixState(NamedTuple):
@@ -140,8 +58,7 @@ class Index:
         }
         self._groups: list[tuple[bytes, int]] = []  # namespace and part, by number
         self._numbers: dict[tuple[bytes, int], int] = {}
-        self._tables: dict[tuple[bytes, int], dict[bytes, int]] = {}
-        self._hashes: list[bytes | None] = []
+        self._table = HashTable(self.columns)
         #: hashes of parents that are not stored, and, where the position says there is one, who waits for them
         self._absent_parents: dict[int, bytes] = {}
         self._waiting: dict[tuple[int, bytes], set[int]] = {}
@@ -157,10 +74,10 @@ class Index:
         return self._uses
 
     def __iter__(self) -> Iterator[Entry]:
-        return (Entry(self, row) for table in self._tables.values() for row in table.values())
+        return (Entry(self, row) for row in self._table.live_rows().tolist())
 
     def __contains__(self, row: int) -> bool:
-        return row < len(self._hashes) and self._hashes[row] is not None
+        return bool(self.columns["whole_layers"][row])
 
     def order(self, tier: str) -> TierOrder:
         return self._orders[tier]
@@ -170,31 +87,34 @@ class Index:
         return None if row is None else Entry(self, row)
 
     def row_of(self, key: ObjectKey) -> int | None:
-        table = self._tables.get((key.namespace_id, key.part))
-        return None if table is None else table.get(key.chunk_hash)
+        group = self._numbers.get((key.namespace_id, key.part))
+        return None if group is None else self._row_in(group, key.chunk_hash)
 
     def key_of(self, row: int) -> ObjectKey:
         namespace_id, part = self._groups[self.columns["group"][row]]
-        chunk_hash = self._hashes[row]
-        assert chunk_hash is not None, "the object is still there"
-        return ObjectKey(namespace_id, chunk_hash, part)
+        return ObjectKey(namespace_id, self._hash_of(row), part)
 
     def keys(self, namespace_id: bytes | None = None) -> list[ObjectKey]:
         """Of one namespace or all, in no order."""
+        rows = self._table.live_rows()
+        groups = self.columns["group"][rows]
+        if namespace_id is not None:
+            wanted = [number for number, (namespace, _) in enumerate(self._groups) if namespace == namespace_id]
+            chosen = np.isin(groups, wanted)
+            rows, groups = rows[chosen], groups[chosen]
+        hashes = self.columns["hash"][rows].tobytes()
+        found = zip(groups.tolist(), range(0, len(hashes), HASH_BYTES), strict=True)
         return [
-            ObjectKey(namespace, chunk_hash, part)
-            for (namespace, part), table in list(self._tables.items())
-            if namespace_id in (None, namespace)
-            for chunk_hash in list(table)
+            ObjectKey(self._groups[group][0], hashes[at : at + HASH_BYTES], self._groups[group][1])
+            for group, at in found
         ]
 
     def described(self, row: int) -> Described:
         columns = self.columns
         parent = int(columns["parent"][row])
-        parent_hash = self._absent_parents.get(row) if parent < 0 else self._hashes[parent]
-        assert parent_hash is not None, "a parent that is gone is among the absent"
         return Described(
-            parent_hash, int(columns["first_position"][row]), int(columns["tokens"][row]),
+            self._absent_parents[row] if parent < 0 else self._hash_of(parent),
+            int(columns["first_position"][row]), int(columns["tokens"][row]),
             Quality(int(columns["quality"][row])), Quality(int(columns["provenance"][row])),
             tuple(columns["layer_bytes"][row, : columns["whole_layers"][row]].tolist()),
         )  # fmt: skip
@@ -202,17 +122,32 @@ class Index:
     def layers_by_tier(self, row: int) -> list[int]:
         return [int(order.layers[row]) for order in self._orders.values()]
 
+    def enter(self, rows: Rows, keys: Sequence[ObjectKey]) -> None:
+        """Gives new objects their rows."""
+        columns = self.columns
+        columns["hash"][rows] = words(b"".join(key.chunk_hash for key in keys))
+        columns["group"][rows] = groups = np.array([self._group(key.namespace_id, key.part) for key in keys], np.uint32)
+        for group in np.unique(groups).tolist():
+            self._table.enter(group, rows[groups == group])
+        self._count += len(keys)
+        self._uses += len(keys)
+
+    def find_parents(self, rows: Rows, parents: npt.NDArray[np.uint64]) -> Rows:
+        """The row of each row's parent, which is in the same group; -1: not stored. `parents`: hashes as [n, 4]."""
+        groups = self.columns["group"][rows]
+        found = np.full(len(rows), -1, np.int64)
+        for group in np.unique(groups).tolist():
+            chosen = groups == group
+            found[chosen] = self._table.find(group, parents[chosen])
+        return found
+
     def prefix(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> Rows:
         """Rows of the longest stored prefix of a chain, in one pass."""
-        table = self._tables.get((namespace_id, part))
-        found: list[int] = []
-        if table is not None:
-            for chunk_hash in hashes:
-                row = table.get(chunk_hash)
-                if row is None:
-                    break
-                found.append(row)
-        return np.array(found, np.int64)
+        group = self._numbers.get((namespace_id, part))
+        if group is None or not hashes:
+            return np.empty(0, np.int64)
+        rows = self._table.find(group, words(b"".join(hashes)))
+        return rows[: int((rows < 0).argmax())] if (rows < 0).any() else rows
 
     def state(self, rows: Rows) -> PrefixState:
         """What a lookup tells of a prefix, as columns."""
@@ -299,24 +234,32 @@ class Index:
 
     def _new(self, key: ObjectKey, described: Described, now_s: float) -> int:
         columns, row = self.columns, self.columns.take()
-        if row == len(self._hashes):
-            self._hashes.append(None)
-        group = (key.namespace_id, key.part)
-        table = self._tables.get(group)
-        if table is None:
-            table = self._tables[group] = {}
-            self._numbers[group] = len(self._groups)
-            self._groups.append(group)
-        columns["group"][row] = self._numbers[group]
+        columns["hash"][row] = words(key.chunk_hash)[0]
+        columns["group"][row] = group = self._group(key.namespace_id, key.part)
         self._uses += 1
         columns["last_use"][row] = self._uses
         columns["last_use_s"][row] = now_s
-        table[key.chunk_hash] = row
-        self._hashes[row] = key.chunk_hash
+        self._table.enter_one(group, row)
         self._count += 1
         self._describe(row, described)
         self._adopt(row, key.chunk_hash, described.end_position)
         return row
+
+    def _group(self, namespace_id: bytes, part: int) -> int:
+        name = (namespace_id, part)
+        group = self._numbers.get(name)
+        if group is None:
+            group = self._numbers[name] = len(self._groups)
+            self._groups.append(name)
+        return group
+
+    def _row_in(self, group: int, chunk_hash: bytes) -> int | None:
+        row = self._table.find_one(group, chunk_hash)
+        return None if row < 0 else row
+
+    def _hash_of(self, row: int) -> bytes:
+        chunk_hash: bytes = self.columns["hash"][row].tobytes()
+        return chunk_hash
 
     def _describe(self, row: int, described: Described) -> None:
         columns = self.columns
@@ -331,19 +274,22 @@ class Index:
     def _find_parent(self, row: int, described: Described) -> None:
         columns = self.columns
         group = int(columns["group"][row])
-        parent = self._tables[self._groups[group]].get(described.parent, -1)
-        if parent >= 0 and self._end_of(parent) != described.first_position:
-            parent = -1
+        found = self._row_in(group, described.parent)
+        parent = -1 if found is None or self._end_of(found) != described.first_position else found
         columns["parent"][row] = parent
         if parent >= 0:
             columns["depth"][row] = columns["depth"][parent] + 1
             return
-        if not described.first_position:
-            self._absent_parents[row] = self._shared.setdefault(described.parent, described.parent)
+        columns["depth"][row] = min(described.first_position // max(1, described.tokens), DEPTH_MAX)
+        self.miss_parent(row, described.parent)
+
+    def miss_parent(self, row: int, parent: bytes) -> None:
+        """Notes the parent of an object whose parent is not stored."""
+        if self.columns["first_position"][row]:
+            self._absent_parents[row] = parent
+            self._waiting.setdefault((int(self.columns["group"][row]), parent), set()).add(row)
         else:
-            self._absent_parents[row] = described.parent
-            columns["depth"][row] = min(described.first_position // max(1, described.tokens), DEPTH_MAX)
-            self._waiting.setdefault((group, described.parent), set()).add(row)
+            self._absent_parents[row] = self._shared.setdefault(parent, parent)
 
     def _leave_parent(self, row: int) -> None:
         if int(self.columns["parent"][row]) < 0:
@@ -361,24 +307,19 @@ class Index:
                 order.adopt(row, child)
 
     def _forget(self, row: int) -> None:
-        columns, chunk_hash = self.columns, self._hashes[row]
-        assert chunk_hash is not None
-        group = int(columns["group"][row])
         self._leave_parent(row)
         self._orphan_children(row)
-        namespace_part = self._groups[group]
-        del self._tables[namespace_part][chunk_hash]
-        self._hashes[row] = None
+        self._table.leave(row)
         self._count -= 1
-        columns.give_back(row)
+        self.columns.give_back(row)
         self._on_forget(row)
 
     def _orphan_children(self, row: int) -> None:
         """The object is gone before its children, as damage and deletion do."""
-        columns, chunk_hash = self.columns, self._hashes[row]
-        assert chunk_hash is not None
+        columns = self.columns
         if not any(order.children[row] for order in self._orders.values()):
             return
+        chunk_hash = self._hash_of(row)
         waiting = self._waiting.setdefault((int(columns["group"][row]), chunk_hash), set())
         for child in np.flatnonzero(columns["parent"][: columns.rows] == row).tolist():
             if child in self and child != row:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.index.columns import Columns
-from kvstore.index.order import Rows
+from kvstore.index.hash_table import Rows
 
 LEASE_ID_BYTES = 16
 LEASES_MAX = 100_000  # beyond it lookups are answered without a lease

@@ -8,11 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.index.columns import Columns
+from kvstore.index.hash_table import Rows
 from kvstore.policies.base import Policy
 from kvstore_codec import Quality
 
 MayGo = Callable[[int], bool]
-Rows = npt.NDArray[np.int64]
 
 
 class TierOrder:
@@ -46,6 +46,24 @@ class TierOrder:
         if self._may_shrink(row, layers):
             self._shrinking.insert(row, fingerprint, -1, *self._place(row), now_s)
         self._retained_until_s = max(self._retained_until_s, float(self._columns["retain_until_s"][row]))
+
+    def load(self, rows: Rows, now_s: float) -> None:
+        """Inserts `rows`, least recently used first, all there is of each."""
+        columns = self._columns
+        self.layers[rows] = columns["whole_layers"][rows]
+        parents = columns["parent"][rows]
+        self.children[:] += np.bincount(parents[parents >= 0], minlength=len(self.children)).astype(np.uint32)
+        lengths = columns["layer_bytes"][rows, self.layers[rows] - 1]
+        fingerprints = columns["hash"][rows, 0]
+        for at in range(0, len(rows), 1 << 16):
+            here = slice(at, at + (1 << 16))
+            fields = (rows, fingerprints, parents, columns["depth"][rows], lengths)
+            for row, fingerprint, parent, depth, length in zip(
+                *(field[here].tolist() for field in fields), strict=True
+            ):
+                self._going.insert(row, fingerprint, parent, depth, length, now_s)
+                if self._floor is not None and self._may_shrink(row, int(self.layers[row])):
+                    self._shrinking.insert(row, fingerprint, -1, depth, length, now_s)
 
     def remove(self, row: int, parent: int) -> None:
         self._going.remove(row)

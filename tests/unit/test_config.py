@@ -39,10 +39,10 @@ def test_the_strongest_source_wins(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given_size", "size_bytes"),
-    [(0, 0), (4096, 4096), ("4096", 4096), ("4GiB", 4 << 30), ("512MB", 512_000_000), ("1.5 KiB", 1536)],
+    [(1, 1), (4096, 4096), ("4096", 4096), ("4GiB", 4 << 30), ("512MB", 512_000_000), ("1.5 KiB", 1536)],
 )
 def test_sizes(given_size: object, size_bytes: int) -> None:
-    assert load_config(None, {"object_bytes_max": given_size}, {}).object_bytes_max == size_bytes
+    assert load_config(None, {"host_capacity": given_size}, {}).host_capacity == size_bytes
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.5, "lots", "-4GiB", "4 gigs", "", [1], 1 << 63])

@@ -9,8 +9,8 @@ from hypothesis import given
 
 import kvstore.index.leases
 from kvstore.index.columns import Columns
+from kvstore.index.hash_table import Rows
 from kvstore.index.leases import LEASE_ID_BYTES, Leases
-from kvstore.index.order import Rows
 
 A, B, C = 0, 1, 2
 
