@@ -71,7 +71,7 @@ def _print_lines(target: str, options: Options) -> None:
     """One JSON object a line, for scripts; outages on stderr."""
     for look in _changes(target, options):
         if isinstance(look, Outage):
-            print(f"kvstore: {look.problem}; trying again", file=sys.stderr)
+            print(f"kvstore: trying again: {look.problem}", file=sys.stderr)
         else:
             print(json.dumps(rates_json(look, target)), flush=True)
 
@@ -82,7 +82,7 @@ def _show(target: str, options: Options) -> None:
     with Live(shown, console=console, screen=console.is_terminal, auto_refresh=False) as live:
         for look in _changes(target, options):
             if isinstance(look, Outage):
-                problem = Text(f"{look.problem}; trying again", style="bold red", no_wrap=True, overflow="ellipsis")
+                problem = Text(f"trying again: {look.problem}", style="bold red", no_wrap=True, overflow="ellipsis")
                 live.update(Group(problem, shown), refresh=True)
             else:
                 shown = view(look, target)
