@@ -85,6 +85,7 @@ def _metrics_address(value: str) -> str:
 
 
 Size = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 63)]
+PolicyName = Literal["gittins", "lru", "s3-fifo", "sieve", "2q"]  # as in kvstore.policies.choice, without loading it
 ObjectSize = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 32)]  # as the index counts lengths
 
 
@@ -107,7 +108,9 @@ class NodeConfig(RedisConfig):
         default="behind",
         description="when objects go to disk: behind every put, before it is answered, or when memory has no room",
     )
-    eviction_policy: Literal["lru"] = Field(default="lru", description="which objects go first when a tier is full")
+    eviction_policy: PolicyName = Field(
+        default="gittins", description="which objects go first when a tier is full (docs/eviction.md)"
+    )
     degrade_floor: Literal["none", "high", "medium", "low"] = Field(
         default="medium",
         description="quality to which cold objects shrink before any is evicted; none: they are evicted whole",

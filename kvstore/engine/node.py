@@ -38,7 +38,7 @@ from kvstore.engine.stage import Stage
 from kvstore.errors import DiskUnusable, InvalidRequest
 from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
-from kvstore.policies.lru import Lru
+from kvstore.policies.choice import POLICIES
 from kvstore.tiers.disk import DiskTier
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.redis_open import open_redis
@@ -48,6 +48,8 @@ __all__ = [
     "LookupResult", "Node", "NodeStat", "ObjectEntry", "ObjectKey", "Offer", "Outcome", "Result",
     "Stage", "TierStat", "Verdict", "VerifyProgress",
 ]  # fmt: skip
+
+REDIS_PATIENCE = 2  # timeouts: a lookup and a fetch of one get wait for Redis, and their caller's deadline is near
 
 
 class Node:
@@ -59,7 +61,10 @@ class Node:
     ) -> None:  # fmt: skip
         self._config, self._holdings, self._namespaces = config, holdings, namespaces
         redis = open_redis(config, SharedEvents(metrics))
-        self._shared = None if redis is None else Shared(redis, metrics, writes=config.redis_write != "off")
+        self._shared = None
+        if redis is not None:
+            patience_s = REDIS_PATIENCE * config.redis_timeout_ms / 1000
+            self._shared = Shared(redis, metrics, writes=config.redis_write != "off", patience_s=patience_s)
         self._metrics, self._clock = metrics, clock
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
@@ -316,7 +321,7 @@ def _open_tiers(
 
     def holdings(host: HostTier, disk: DiskTier | None) -> Holdings:
         return Holdings(
-            host, disk, metrics, clock, policy=Lru, floor=floor,
+            host, disk, metrics, clock, policy=POLICIES[config.eviction_policy], floor=floor,
             disk_write=config.disk_write, soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
         )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """The tier that several nodes share (Redis), asked from threads so that the event loop never waits for it.
 
-What is there no index knows, so it is asked, and its answers are misses where it does not answer in time. Whole objects
-are checked before anybody gets them.
+What is there no index knows, so it is asked, and its answers are misses where it does not answer in time: what this
+node holds itself is not to wait for it. Whole objects are checked before anybody gets them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from kvstore.index.entry import Described, ObjectKey
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, StoredObject
 from kvstore.tiers.circuit import State
-from kvstore.tiers.redis import READ_BYTES_MAX, RedisTier
+from kvstore.tiers.redis import OBJECT_BYTES_MAX, READ_BYTES_MAX, RedisTier
 from kvstore.tiers.redis_server import FailureKind
 from kvstore_codec import Quality
 
-THREADS = 4
+READ_THREADS = WRITE_THREADS = 4  # apart, so that questions do not wait behind what is being written
 BATCH_OBJECTS = 16  # described and read together
 PENDING_BYTES_MAX = 128 << 20  # on their way; beyond it a write is dropped: the next put of the object writes it
 PROBE_S = 5.0
@@ -58,14 +58,16 @@ class SharedEvents:
 
 
 class Shared:
-    """`writes`: whether what is put here goes there too. `start` begins to watch it, `aclose` ends that."""
+    """`writes`: whether what is put here goes there too. `patience_s`: longest wait for an answer. `start` begins to
+    watch it, `aclose` ends that."""
 
-    def __init__(self, tier: RedisTier, metrics: NodeMetrics, *, writes: bool) -> None:
+    def __init__(self, tier: RedisTier, metrics: NodeMetrics, *, writes: bool, patience_s: float) -> None:
         self.tier = tier
-        self._metrics, self._writes = metrics, writes
-        self._threads = ThreadPoolExecutor(THREADS, "kvstore-redis")
+        self._metrics, self._writes, self._patience_s = metrics, writes, patience_s
+        self._readers = ThreadPoolExecutor(READ_THREADS, "kvstore-redis-read")
+        self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvstore-redis-write")
         self._pending_bytes = 0
-        self._tasks: set[asyncio.Future[bool]] = set()
+        self._under_way: dict[asyncio.Future[bool], ObjectKey] = {}
         self._watch: asyncio.Task[None] | None = None
 
     @property
@@ -78,16 +80,21 @@ class Shared:
 
     async def find(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> list[StoredObject]:
         """The longest stored prefix of a chain."""
-        return await self._in_thread(lambda: self.tier.find(namespace_id, hashes, part)) if hashes else []
+        return await self._in_time(lambda: self.tier.find(namespace_id, hashes, part), [])
 
     async def read(self, keys: Sequence[ObjectKey], quality: Quality) -> list[SharedObject]:
         """The first of these objects, in order, up to the first that is not there, is damaged, or does not fit in one
         answer."""
-        return await self._in_thread(lambda: self._read(keys[:BATCH_OBJECTS], quality))
+        return await self._in_time(lambda: self._read(keys[:BATCH_OBJECTS], quality), [])
 
     def write(self, key: ObjectKey, parent: bytes, quality: Quality, data: Bytes) -> asyncio.Future[bool] | None:
-        """Sends an object there; the result is whether it arrived. None where too much is on its way."""
+        """Sends an object there; the result is whether it arrived. None where it is too large for there, or too much is
+        on its way."""
         if not self._writes:
+            return None
+        if len(data) > OBJECT_BYTES_MAX:
+            self._metrics.shared_failures.labels("large").inc()
+            self._metrics.warn_once("redis large", "redis takes no object of %d bytes: it stays here", len(data))
             return None
         if self._pending_bytes + len(data) > PENDING_BYTES_MAX:
             self._metrics.tier_failures.labels("redis", "queue").inc()
@@ -95,14 +102,17 @@ class Shared:
             return None
         self._pending_bytes += len(data)
         task = asyncio.ensure_future(self._put(key, parent, quality, data))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._under_way[task] = key
+        task.add_done_callback(lambda task: self._under_way.pop(task))
         return task
 
     async def delete(self, keys: Sequence[ObjectKey]) -> None:
+        doomed = frozenset(keys)
+        await self._arrived(lambda key: key in doomed)
         await self._quietly(lambda: self.tier.delete_many(keys))
 
     async def purge(self, namespace_id: bytes) -> None:
+        await self._arrived(lambda key: key.namespace_id == namespace_id)
         await self._quietly(lambda: self.tier.purge(namespace_id))
 
     async def aclose(self) -> None:
@@ -110,10 +120,16 @@ class Shared:
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.wait([self._watch])
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._threads.shutdown)
+        await self._arrived(lambda _: True)
+        for threads in (self._readers, self._writers):
+            await asyncio.to_thread(threads.shutdown)
         self.tier.close()
+
+    async def _arrived(self, concerns: Callable[[ObjectKey], bool]) -> None:
+        """Until the writes that are on their way now have ended: what is deleted after them stays away."""
+        writes = [task for task, key in self._under_way.items() if concerns(key)]
+        if writes:
+            await asyncio.wait(writes)
 
     async def _put(self, key: ObjectKey, parent: bytes, quality: Quality, data: Bytes) -> bool:
         def put() -> None:
@@ -129,17 +145,26 @@ class Shared:
     async def _quietly(self, change: Callable[[], object]) -> bool:
         """Whether it was done; the tier has counted it where not."""
         with contextlib.suppress(TierFull, TierFailed):
-            await self._in_thread(change)
+            await asyncio.get_running_loop().run_in_executor(self._writers, change)
             return True
         return False
 
     async def _probe(self) -> None:
         while True:
-            await self._in_thread(self.tier.probe)
+            await asyncio.get_running_loop().run_in_executor(self._readers, self.tier.probe)
             await asyncio.sleep(PROBE_S)
 
-    async def _in_thread(self, function: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def _in_time(self, question: Callable[[], R], otherwise: R) -> R:
+        """The answer, or `otherwise` where it takes too long."""
+        asked = asyncio.get_running_loop().run_in_executor(self._readers, question)
+        try:
+            if (await asyncio.wait([asked], timeout=self._patience_s))[0]:
+                return asked.result()
+        finally:
+            asked.cancel()  # what nobody waits for is not begun
+        self._metrics.shared_failures.labels("late").inc()
+        self._metrics.warn_once("redis late", "redis answers too slowly: a miss")
+        return otherwise
 
     def _read(self, keys: Sequence[ObjectKey], quality: Quality) -> list[SharedObject]:
         wanted: list[tuple[StoredObject, Described, int]] = []

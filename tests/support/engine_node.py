@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import kv_objects as kv
 from disk_places import Place, place_of, taken_bytes
@@ -28,10 +29,16 @@ class FakeClock:
         return self.now_s
 
 
-def config(folder: Path | None, *, host: int = ROOMY, disk: int = ROOMY, lease_ms_max: int = 60_000) -> NodeConfig:
-    """`folder` None: no disk."""
+def config(
+    folder: Path | None, *, host: int = ROOMY, disk: int = ROOMY, lease_ms_max: int = 60_000, policy: str = "lru",
+    **more: Any,
+) -> NodeConfig:  # fmt: skip
+    """`folder` None: no disk. `policy`: one whose order a test can foretell."""
     path = None if folder is None else folder / "disk"
-    return NodeConfig(host_capacity=host, disk_path=path, disk_capacity=disk, lease_ms_max=lease_ms_max)
+    return NodeConfig.model_validate({
+        "host_capacity": host, "disk_path": path, "disk_capacity": disk, "lease_ms_max": lease_ms_max,
+        "eviction_policy": policy, **more,
+    })  # fmt: skip
 
 
 @asynccontextmanager

@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
+from kvstore.config import NodeConfig
 from kvstore.engine.node import Node
 
 FAST_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None  # thousands of syncs, and nothing here loses power
@@ -57,6 +58,9 @@ operations = st.one_of(
     st.tuples(st.just("delete"), prompts, counts),
     st.tuples(st.just("evict"), st.sampled_from(["host", "disk", None]), st.integers(0, 4 * SIZE)),
     st.tuples(st.just("purge")),
+    st.tuples(st.just("pin"), prompts, counts, st.sampled_from([0, 1, 3])),
+    st.tuples(st.just("unpin")),
+    st.tuples(st.just("renew"), st.sampled_from([0, 500])),
     st.tuples(st.just("wait"), st.sampled_from([0.5, 2.0])),
 )
 batches = st.lists(st.one_of(st.just("reopen"), st.lists(operations, min_size=1, max_size=6)), max_size=14)
@@ -105,6 +109,13 @@ async def act(node: Node, clock: FakeClock, model: Model, operation: Any) -> Non
         await node.delete(LAYOUT.namespace_id, [chunk.hash for chunk in STORED["raw", rest[0]][rest[1] - 1 :]], 0)
     elif what == "evict":
         await node.operations.evict(rest[0], rest[1], None)
+    elif what == "pin":
+        node.operations.pin([chunk.hash for chunk in STORED["raw", rest[0]][: rest[1]]], rest[2])
+    elif what == "unpin":
+        node.operations.unpin(None)
+    elif what == "renew":
+        for lease_id in list(node._holdings.leases._leases):
+            node.renew(lease_id, rest[0])
     elif what == "purge":
         await node.delete(LAYOUT.namespace_id, None, 0)
     else:
@@ -121,10 +132,9 @@ async def cancelled(node: Node, chunks: list[kv.StoredChunk], *, turns: int) -> 
     node.abort(stage)  # as the service does: the commit may not even have begun
 
 
-async def run(folder: Path, host: int, disk: int | None, todo: list[Any]) -> None:
+async def run(layout: NodeConfig, todo: list[Any]) -> None:
     clock = FakeClock()
     model = Model()
-    layout = config(folder if disk is not None else None, host=host, disk=disk or 0)
     while True:
         async with opened(layout, clock) as node:
             await settle(node, model, EVERYTHING)
@@ -143,7 +153,7 @@ async def run(folder: Path, host: int, disk: int | None, todo: list[Any]) -> Non
         if not todo:
             return
         todo.pop(0)
-        if disk is None:
+        if layout.disk_path is None:
             model.at_rest.clear()
 
 
@@ -164,11 +174,18 @@ async def settle(node: Node, model: Model, chunks: list[kv.StoredChunk]) -> None
 @given(
     host=st.sampled_from([0, SIZE - 1, SIZE, 3 * SIZE, 5 * SIZE + 100, 64 << 20]),
     disk=st.sampled_from([None, BLOCK, 2 * BLOCK, 6 * BLOCK, 11 * BLOCK + 5, 64 << 20]),
+    policy=st.sampled_from(["gittins", "lru"]),
+    disk_write=st.sampled_from(["behind", "demote"]),
     todo=batches,
 )
 @settings(max_examples=120, deadline=None)
-def test_any_mix_of_operations_against_a_dict(host: int, disk: int | None, todo: list[Any]) -> None:
+def test_any_mix_of_operations_against_a_dict(
+    host: int, disk: int | None, policy: str, disk_write: str, todo: list[Any]
+) -> None:
     if not host and disk is None:
         return  # a node that could hold nothing: the configuration refuses it
     with tempfile.TemporaryDirectory(dir=FAST_DISK) as folder:
-        asyncio.run(run(Path(folder), host, disk, list(todo)))
+        settings_of = config(
+            Path(folder) if disk is not None else None, host=host, disk=disk or 0, policy=policy, disk_write=disk_write
+        )
+        asyncio.run(run(settings_of, list(todo)))
