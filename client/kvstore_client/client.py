@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import cache
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -83,6 +84,22 @@ class Namespace:
         """The longest stored prefix of a prompt."""
         return _run(self._async.lookup(token_ids, lease_ms=lease_ms, deadline=deadline))
 
+    @contextmanager
+    def held(
+        self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None
+    ) -> Iterator[Hit]:  # fmt: skip
+        """`lookup`, whose lease is renewed while inside and given back at the end."""
+        held = self._async.held(token_ids, lease_ms=lease_ms, deadline=deadline)
+        hit = _run(_entered(held))
+        try:
+            yield hit
+        finally:
+            _run(_left(held))
+
+    def renew(self, hit: Hit, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> bool:
+        """Whether the chunks of a hit are still held, from now on for `lease_ms`."""
+        return _run(self._async.renew(hit, lease_ms=lease_ms, deadline=deadline))
+
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, deadline: float | None = None,
@@ -94,13 +111,14 @@ class Namespace:
 
     def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
-        provenance: str | Quality = "raw", first_token: int = 0, deadline: float | None = None,
+        provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
+        deadline: float | None = None,
     ) -> PutResult:  # fmt: skip
         """Stores the chunks that are missing, or held at a worse quality."""
         return _run(
             self._async.put(
                 token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
-                deadline=deadline,
+                retain=retain, deadline=deadline,
             )
         )  # fmt: skip
 
@@ -115,6 +133,14 @@ class Namespace:
     def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
         """The profile with this id; None on a miss."""
         return _run(self._async.load_profile(profile_id, deadline=deadline))
+
+
+async def _entered(context: AbstractAsyncContextManager[R]) -> R:
+    return await context.__aenter__()
+
+
+async def _left(context: AbstractAsyncContextManager[Any]) -> None:
+    await context.__aexit__(None, None, None)
 
 
 def _loop() -> asyncio.AbstractEventLoop:

@@ -46,7 +46,7 @@ async def lookup(
         if count < len(asked):
             break
     tokens = found[-1].first_token + found[-1].tokens if found else 0
-    return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms) if lease_ids else None)
+    return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms, node.address) if lease_ids else None)
 
 
 def _hit(

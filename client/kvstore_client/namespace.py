@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from kvstore_client.connection import Node, failures, timeout_s, understood
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
 from kvstore_client.fetching import Wanted, fetch
+from kvstore_client.leasing import kept_alive, renew
 from kvstore_client.lookups import lookup
 from kvstore_client.metrics import ABSENT, QUALITY
 from kvstore_client.namespace_profiles import NamespaceProfiles
@@ -28,6 +30,8 @@ LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
 LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
+PRIORITY_MAX = 100
+RETAIN_S_MAX = 365 * 86_400
 _LOST_MAX = 1 << 16
 
 
@@ -60,6 +64,31 @@ class AsyncNamespace:
             _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
         self._count_miss(reason if len(hit.chunks) < len(refs) else None)
         return hit
+
+    @asynccontextmanager
+    async def held(
+        self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None
+    ) -> AsyncIterator[Hit]:  # fmt: skip
+        """`lookup`, whose lease is renewed by heartbeat while inside and given back at the end: the chunks of the hit
+        stay for as long as it takes to read them."""
+        hit = await self.lookup(token_ids, lease_ms=lease_ms, deadline=deadline)
+        async with kept_alive(self._session, hit.lease):
+            yield hit
+
+    async def renew(self, hit: Hit, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> bool:
+        """Whether the chunks of a hit are still held, from now on for `lease_ms` (at most; 0: let go of them)."""
+        limit = self._session.begin(deadline)
+        if not 0 <= lease_ms <= LEASE_MS_MAX:
+            raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)
+        if hit.lease is None:
+            return False
+        try:
+            with self._session.timed("renew"):
+                return await renew(self._session, hit.lease, lease_ms, limit)
+        except KvClientError as error:
+            self._session.metrics.failures.labels("renew", error.code.value).inc()
+            self._session.forgive("renew", error)
+            return False
 
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
@@ -97,20 +126,22 @@ class AsyncNamespace:
 
     async def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
-        provenance: str | Quality = "raw", first_token: int = 0, deadline: float | None = None,
+        provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
+        deadline: float | None = None,
     ) -> PutResult:  # fmt: skip
         """Stores the chunks that are missing, or held at a worse quality.
 
         `kv`: the prompt's tokens from `first_token` (a multiple of chunk_tokens) to its end, as `codec.encode` takes
         them. `durable`: answered when they are on disk, synced. `provenance`: the lowest quality of the cached prefix
-        that this KV was computed on ("raw": none, or an exact one).
+        that this KV was computed on ("raw": none, or an exact one). `retain`: (priority 0–100, seconds), a hint that
+        these chunks are worth keeping: for so long others go before them, and lower priorities before higher ones.
 
         Raises LayoutError (shape, dtype), ValuesError (NaN or infinities at a lossy quality), InvalidArgument.
         """
         limit = self._session.begin(deadline)
         source = Source(
             self.layout, self.part, _sliceable(kv, self._part_layout), first_token,
-            codec.storable_quality(self.layout, quality), Quality.parse(provenance), durable,
+            codec.storable_quality(self.layout, quality), Quality.parse(provenance), durable, _retention(retain),
         )  # fmt: skip
         refs = self._refs_from(token_ids, source)
         with self._session.timed("put"):
@@ -303,6 +334,14 @@ class AsyncNamespace:
     def _count_miss(self, reason: str | None) -> None:
         if reason is not None:
             self._session.metrics.misses.labels(reason).inc()
+
+
+def _retention(hint: tuple[int, int] | None) -> tuple[int, int] | None:
+    if hint is not None and not (0 <= hint[0] <= PRIORITY_MAX and 0 < hint[1] <= RETAIN_S_MAX):
+        raise InvalidArgument(
+            f"retain is (priority 0–{PRIORITY_MAX}, seconds 1–{RETAIN_S_MAX})", priority=hint[0], seconds=hint[1]
+        )
+    return hint
 
 
 def _good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit]:

@@ -35,6 +35,7 @@ class Source:
     quality: Quality
     provenance: Quality
     durable: bool
+    retain: tuple[int, int] | None = None  # priority, seconds
     profile: Profile | None = None  # of lossy qualities
 
 
@@ -138,6 +139,7 @@ def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None
         layout=source.layout.canonical_bytes,
         part=source.part,
         durability=pb.DURABILITY_DISK if source.durable else pb.DURABILITY_MEMORY,
+        retention=None if source.retain is None else pb.Retention(priority=source.retain[0], seconds=source.retain[1]),
         objects=[
             pb.ObjectOffer(
                 chunk_hash=chunk.ref.hash,

@@ -27,10 +27,11 @@ class ChunkHit:
 
 @dataclass(frozen=True)
 class Lease:
-    """The node's promise to keep the chunks of a Hit for `duration_ms` from its answer on."""
+    """The node's promise to keep the chunks of a Hit for `duration_ms` from its answer on. `node`: its address."""
 
     ids: tuple[bytes, ...]
     duration_ms: int
+    node: str
 
 
 @dataclass(frozen=True)
