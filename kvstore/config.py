@@ -102,6 +102,9 @@ class NodeConfig(RedisConfig):
         default=None, description="name of this node in answers and metrics (default: the host's name)"
     )
     host_capacity: Size = Field(default=4 * GIB, description="bytes of objects held in RAM")
+    huge_pages: bool = Field(
+        default=False, description="keep objects in pages of 2 MiB; for objects much larger than that"
+    )
     disk_path: Path | None = Field(default=None, description="directory of the disk tier; none: no disk tier")
     disk_capacity: Size = Field(default=16 * GIB, description="bytes of objects held on disk")
     disk_write: Literal["behind", "through", "demote"] = Field(

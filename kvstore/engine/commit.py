@@ -100,7 +100,7 @@ class Commit:
             worth_waiting = not in_host and queue is not None and len(data) <= holdings.host.capacity_bytes
             if not worth_waiting or queue is None or not await queue.wait_for_one():
                 break
-        written = holdings.place(
+        in_host, written = holdings.place(
             key, described, data, self._may_go, in_host=in_host, retention=self._retention, durable=self._durable
         )
         if in_host:

@@ -15,7 +15,7 @@ import kvstore_codec as codec
 from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
 from kvstore.engine.room import Room
 from kvstore.engine.shared import SharedObject
-from kvstore.errors import TierFailed
+from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey, Retention
 from kvstore.index.held import Entry
 from kvstore.index.index import Index, NewPolicy
@@ -108,32 +108,33 @@ class Holdings:
     def place(
         self, key: ObjectKey, described: Described, data: Bytes, may_go: MayGo, *, in_host: bool,
         retention: Retention | None = None, durable: bool = False,
-    ) -> asyncio.Future[bool] | None:  # fmt: skip
+    ) -> tuple[bool, asyncio.Future[bool] | None]:  # fmt: skip
         """Stores a whole object in memory (`in_host`: there is room) and, as configured or `durable`, queues its write
         to disk.
 
-        A worse version makes way. The result tells when and whether it is on disk; None where there is no disk or
-        no room on it. Nothing of this key is being written."""
+        A worse version makes way. The result is whether it is in memory, and what tells when and whether it is on
+        disk: None where there is no disk or no room on it. Nothing of this key is being written."""
         # On disk a replacement stands beside what it replaces for a moment: that may go first.
         wants_disk = not in_host or durable or self._disk_write != "demote"
         to_disk = wants_disk and self.room.on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
+        in_host = in_host and self._put_in_host(key, described.parent, data)
         worse = self.index.get(key)
         on_disk = worse.length_in("disk") if worse is not None else 0
         if worse is not None and (in_host or to_disk):
-            self.host.delete(key)
             if in_host:
                 self.index.replace(worse, described)  # what held the worse version holds this one
             else:
+                self.host.delete(key)
                 for tier in worse.tiers:
                     self.index.drop(worse, tier)
             if on_disk and not to_disk and self.queue is not None:
                 self.queue.delete(key, on_disk)
         if in_host:
-            self.host.put(key, described.parent, data)
             self.index.add(key, described, "host", described.layers, self._clock(), retention)
+            data = self.host.read(key, len(data)) or data  # the same bytes: the caller's need not wait for the disk
         if not to_disk or self.queue is None:
-            return None
-        return self.queue.put(key, described, described.layers, data, on_disk=on_disk, retention=retention)
+            return in_host, None
+        return in_host, self.queue.put(key, described, described.layers, data, on_disk=on_disk, retention=retention)
 
     def persist(self, entry: Entry, may_go: MayGo = anything) -> asyncio.Future[bool] | None:
         """Queues the write of an object that memory alone holds; None where that cannot be."""
@@ -150,14 +151,9 @@ class Holdings:
 
     def take_in(self, key: ObjectKey, found: SharedObject) -> None:
         """Keeps in memory what was read from the shared tier, where that costs nothing that was used since."""
-        now_s, length = self._clock(), len(found.data)
-        if (
-            found.whole
-            and self.index.row_of(key) is None
-            and self.room.in_host(key, length, used_before=self.index.uses)
-        ):
-            self.host.put(key, found.described.parent, found.data)
-            self.index.add(key, found.described, "host", found.described.layers, now_s)
+        length, index = len(found.data), self.index
+        if found.whole and index.row_of(key) is None and self.room.in_host(key, length, used_before=index.uses):
+            self._hold_in_host(key, found.described, found.described.layers, found.data)
 
     async def in_thread(self, function: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)
@@ -172,6 +168,7 @@ class Holdings:
         if self.queue is not None:
             await self.queue.aclose()
         self._readers.shutdown()
+        self.host.close()
 
     async def _read_once(self, entry: Entry, quality: Quality) -> memoryview | None:
         described = entry.described
@@ -199,9 +196,24 @@ class Holdings:
         # Not in the place of what is more wanted: reading a prompt that memory cannot hold would push out its start.
         key, layers = entry.key, entry.layers
         if entry.layers_in("host") < layers and self.room.in_host(key, len(data), used_before=entry.last_use):
-            described = entry.described
-            self.host.put(key, described.parent, data)
+            self._hold_in_host(key, entry.described, layers, data)
+
+    def _hold_in_host(self, key: ObjectKey, described: Described, layers: int, data: Bytes) -> None:
+        if self._put_in_host(key, described.parent, data):
             self.index.add(key, described, "host", layers, self._clock())
+        elif (entry := self.index.get(key)) is not None:
+            self.index.drop(entry, "host")
+
+    def _put_in_host(self, key: ObjectKey, parent: bytes, data: Bytes) -> bool:
+        """Whether the bytes are in memory now; what was there of the object makes way. The index does not know yet."""
+        try:
+            self.host.delete(key)
+            self.host.put(key, parent, data)
+        except (TierFull, TierFailed) as error:  # being read takes room; the machine may have less than was configured
+            self._metrics.tier_failures.labels("host", "write").inc()
+            self._metrics.warn_once(f"host write {error.code}", "%s; the object is not kept in memory", error)
+            return False
+        return True
 
     def _demote(self, entry: Entry) -> bool:
         return self.persist(entry) is not None

@@ -325,7 +325,7 @@ def _open_tiers(
             disk_write=config.disk_write, soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
         )  # fmt: skip
 
-    host = HostTier(config.host_capacity)
+    host = HostTier(config.host_capacity, config.huge_pages)
     if config.disk_path is None:
         return holdings(host, None), Namespaces(None), None
     disk = DiskTier(config.disk_path, config.disk_capacity)
