@@ -321,7 +321,8 @@ class Coder {
             digits.shape(1) != 3 || shrinkage.shape(0) != LossyTables::kScales || shrinkage.shape(1) != LossyTables::kShrinkage ||
             thresholds.size() != 63 || variances.size() != 64)
             throw nb::value_error("lossy tables have the wrong shapes");
-        return {slot_table(values, true), slot_table(digits, false),
+        const SlotTable value_slots = slot_table(values, true);
+        return {value_slots, slot_table(digits, false), NearSymbols(value_slots, LossyTables::kValueMax, true),
                 {shrinkage.data(), shrinkage.data() + shrinkage.size()},
                 {thresholds.data(), thresholds.data() + thresholds.size()},
                 {variances.data(), variances.data() + variances.size()}};
@@ -330,7 +331,8 @@ class Coder {
         if (exponents.shape(0) != LosslessTables::kTables || exponents.shape(1) != LosslessTables::kSymbols ||
             costs.size() != exponents.size())
             throw nb::value_error("lossless tables have the wrong shapes");
-        return {slot_table(exponents, true), {costs.data(), costs.data() + costs.size()}};
+        const SlotTable slots = slot_table(exponents, true);
+        return {slots, NearSymbols(slots, 0, false), {costs.data(), costs.data() + costs.size()}};
     }
 
     LossyCodec lossy_;

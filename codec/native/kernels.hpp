@@ -12,7 +12,7 @@
 #pragma once
 
 #include "float_bits.hpp"
-#include "rans.hpp"
+#include "near_symbols.hpp"
 
 // Before a loop whose outputs overlap none of its inputs, which pointers inside a GridView cannot say.
 #if defined(__clang__)
@@ -28,6 +28,8 @@ namespace kvstore {
 // What a value's symbol means: value = add + symbol, or add − symbol where `falling`; `escape` stands for a raw word.
 struct Alphabet {
     const SlotTable* table = nullptr;
+    const NearSymbols* near = nullptr;
+    int centre = 0;
     int escape = 0;
     bool falling = false;
 };
@@ -46,9 +48,12 @@ struct alignas(64) DigitLanes {
     int count = 0;
 };
 
+// `near`: the lanes' NearRows, transposed, where `reach` (of the lane that needs most) is not 0.
 struct ValueJob {
     StreamDecoder* stream;
     const ValueLanes* lanes;
+    const i16* near;
+    int reach;
     i16* tile;
 };
 struct DigitJob {
@@ -93,6 +98,7 @@ inline constexpr float kValueLimit = 32760;  // on the finest grid: 16 bits, and
 
 struct Kernels {
     const char* name;
+    bool compares;  // whether `decode_values` makes use of near symbols
 
     // `steps` tokens of one block, or of two blocks of different streams in lockstep.
     Status (*decode_values)(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps);

@@ -253,7 +253,8 @@ KVSTORE_TARGET Status decode_values_as(const Alphabet& alphabet, std::span<const
         if (done == steps) return Status::ok;
     }
     for (const ValueJob& job : jobs) {
-        const ValueJob rest{job.stream, job.lanes, job.tile + done * kLanes};
+        ValueJob rest = job;
+        rest.tile += done * kLanes;
         Flow flow(*job.stream, job.lanes->count);
         const int more = value_steps<1, Falling>(slots, alphabet.escape, &flow, &rest, steps - done);
         flow.store(*job.stream, job.lanes->count);
@@ -538,7 +539,7 @@ KVSTORE_TARGET void transpose(const i16* const* in, i16* const* out) {
 
 const Kernels* avx2_kernels() {
     using namespace avx2;
-    static constexpr Kernels table{"avx2", decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
+    static constexpr Kernels table{"avx2", false, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
                                    restore_bfloat16, restore_rotated_bfloat16};

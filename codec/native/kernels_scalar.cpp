@@ -132,7 +132,7 @@ Status decode_digits_from(const DigitJob& job, int first, int steps) {
 
 const Kernels* scalar_kernels() {
     using namespace scalar;
-    static constexpr Kernels table{"scalar", decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
+    static constexpr Kernels table{"scalar", false, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
                                    restore_bfloat16, restore_rotated_bfloat16};

@@ -277,7 +277,7 @@ Status LosslessCodec::decode(ByteView payload, std::span<const PlaneView> planes
     for (std::size_t c = 0; c < components; ++c)
         if (tables[c] >= LosslessTables::kTables || bases[c] >= limit) return Status::unknown_table;
     const ClassPlan coded = plan(tables, bases);
-    WindowDecoder decoder(kernels_, alphabet(), {&coded, nullptr}, components);
+    WindowDecoder decoder(kernels_, alphabet(), {&coded, nullptr}, {tokens, 0}, components);
     const ByteView section = payload.subspan(2 * components + plain_size);
     if (const Status status = decoder.open({&section, 1}); status != Status::ok) return status;
     std::vector<RowJoiner> joiners;

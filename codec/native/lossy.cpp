@@ -350,7 +350,7 @@ Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView>
             plans[c] = plan_class(tables_, grid.scales[c], levels);
             coded[c] = &plans[c];
         }
-    WindowDecoder decoder(kernels_, tables_.alphabet(), coded, grid.components());
+    WindowDecoder decoder(kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, grid.components());
     std::vector<ByteView> sections(payloads.begin(), payloads.end());
     sections.front() = sections.front().subspan(at);
     if (const Status status = decoder.open(sections); status != Status::ok) return status;

@@ -4,6 +4,7 @@ namespace kvstore {
 namespace {
 
 constexpr std::size_t kTileSize = kTile;
+constexpr std::size_t kNearTokensMin = 2 * kWindow;  // for fewer, near symbols are not worth their memory
 
 std::size_t blocks_at(const std::array<const ClassPlan*, 2>& classes, std::size_t level) {
     std::size_t blocks = 0;
@@ -98,8 +99,10 @@ void WindowBuffers::scatter(const Kernels& kernels, std::span<const u32> compone
 }
 
 WindowDecoder::WindowDecoder(const Kernels& kernels, const Alphabet& alphabet, std::array<const ClassPlan*, 2> classes,
-                             std::size_t components)
+                             std::array<std::size_t, 2> tokens, std::size_t components)
     : kernels_(kernels), alphabet_(alphabet), classes_(classes) {
+    for (std::size_t index = 0; index < classes.size(); ++index)
+        if (classes[index] && kernels.compares && tokens[index] >= kNearTokensMin) near_[index] = near_symbols(*classes[index]);
     std::size_t blocks = 0;
     for (const ClassPlan* plan : classes) blocks = std::max(blocks, plan ? plan->blocks.size() : 0);
     tiles_.resize(std::max(blocks, components > 0 ? std::size_t{1} : 0) * kTileSize);
@@ -124,6 +127,38 @@ Status WindowDecoder::next(std::size_t index, int steps, WindowBuffers& buffers)
     return Status::ok;
 }
 
+WindowDecoder::Near WindowDecoder::near_symbols(const ClassPlan& plan) const {
+    Near near;
+    near.tiles.resize(plan.blocks.size() * kTileSize);
+    const NearRow none;
+    const i16* in[kLanes];
+    i16* out[kLanes];
+    for (std::size_t b = 0; b < plan.values.size(); ++b) {
+        const ValueLanes& lanes = plan.values[b];
+        int reach = 0;
+        bool all = true;
+        for (std::size_t l = 0; l < kLanes; ++l) {
+            const bool used = l < static_cast<std::size_t>(lanes.count);
+            const std::size_t table = static_cast<std::size_t>(lanes.slots[l]) / kSlots;
+            in[l] = reinterpret_cast<const i16*>(used ? &alphabet_.near->row(table) : &none);
+            out[l] = near.tiles.data() + b * kTileSize + l * kLanes;
+            if (!used) continue;
+            reach = std::max(reach, alphabet_.near->reach(table));
+            all = all && alphabet_.near->reach(table) > 0;
+        }
+        near.reaches.push_back(all ? reach : 0);
+        if (all) kernels_.transpose(in, out);
+    }
+    return near;
+}
+
+ValueJob WindowDecoder::value_job(std::size_t level, std::size_t index, std::size_t stream, std::size_t block) {
+    const Near& near = near_[index];
+    const bool some = !near.reaches.empty();
+    return {&streams_[level][stream], &classes_[index]->values[block], some ? near.tiles.data() + block * kTileSize : nullptr,
+            some ? near.reaches[block] : 0, tiles_.data() + block * kTileSize};
+}
+
 Status WindowDecoder::decode_layer(std::size_t level, std::size_t index, int steps) {
     const ClassPlan& plan = *classes_[index];
     std::vector<StreamDecoder>& streams = streams_[level];
@@ -136,8 +171,7 @@ Status WindowDecoder::decode_layer(std::size_t level, std::size_t index, int ste
             return kernels_.decode_digits({jobs.data(), places.size()}, steps);
         }
         std::array<ValueJob, 2> jobs;
-        for (std::size_t n = 0; n < places.size(); ++n)
-            jobs[n] = {&streams[places[n].stream], &plan.values[places[n].block], tiles_.data() + places[n].block * kTileSize};
+        for (std::size_t n = 0; n < places.size(); ++n) jobs[n] = value_job(level, index, places[n].stream, places[n].block);
         return kernels_.decode_values(alphabet_, {jobs.data(), places.size()}, steps);
     });
 }

@@ -52,20 +52,30 @@ class WindowBuffers {
 
 class WindowDecoder {
   public:
-    // `classes`: the plans of the classes of tokens that are there, in coding order (null: no such tokens).
+    // `classes`: the plans of the classes of tokens that are there, in coding order (null: no such tokens); `tokens`: how
+    // many there are of each.
     WindowDecoder(const Kernels& kernels, const Alphabet& alphabet, std::array<const ClassPlan*, 2> classes,
-                  std::size_t components);
+                  std::array<std::size_t, 2> tokens, std::size_t components);
     Status open(std::span<const ByteView> sections);
     // The next `steps` tokens of class `index`; they are rows 0…steps−1 of `buffers`.
     Status next(std::size_t index, int steps, WindowBuffers& buffers);
     Status finish() const;
 
   private:
+    // A class's near symbols (near_symbols.hpp), by block: a tile, and how far it reaches. None: no block has any.
+    struct Near {
+        Aligned<i16> tiles;
+        std::vector<int> reaches;
+    };
+
+    Near near_symbols(const ClassPlan& plan) const;
+    ValueJob value_job(std::size_t level, std::size_t index, std::size_t stream, std::size_t block);
     Status decode_layer(std::size_t level, std::size_t index, int steps);
 
     const Kernels& kernels_;
     Alphabet alphabet_;
     std::array<const ClassPlan*, 2> classes_;
+    std::array<Near, 2> near_;
     std::vector<std::vector<StreamDecoder>> streams_;  // by quality layer
     Aligned<i16> tiles_;
 };
