@@ -5,12 +5,14 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 
 #include "lossless.hpp"
 #include "lossy.hpp"
@@ -33,10 +35,10 @@ using I64Array = nb::ndarray<const i64, nb::ndim<1>, nb::c_contig, nb::device::c
 using DoubleArray = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Payload = nb::ndarray<const u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rotations = std::optional<std::tuple<FloatTable, FloatTable, bool>>;
-// (block ids, tokens, first token), for a plane in pages
-using Pages = std::optional<std::tuple<I64Array, std::size_t, std::size_t>>;
-// (bits [tokens, heads, dim], or pages [blocks, page tokens, heads, dim]; pages)
-using PlaneArgument = std::tuple<AnyArray, Pages>;
+// (pages [blocks, page tokens, heads, dim], block ids, tokens, first token)
+using PagedArgument = std::tuple<AnyArray, I64Array, std::size_t, std::size_t>;
+// bits [tokens, heads, dim], or the same in pages
+using PlaneArgument = std::variant<AnyArray, PagedArgument>;
 // (plane, rotation, step factor)
 using CodedArgument = std::tuple<PlaneArgument, Rotations, double>;
 // (mean, weight, basis, scale ids)
@@ -76,7 +78,8 @@ std::pair<std::string, nb::object> view_bits(nb::ndarray<nb::device::cpu> array)
 }
 
 PlaneView plane_view(const PlaneArgument& argument, Dtype dtype) {
-    const auto& [array, pages] = argument;
+    const PagedArgument* const pages = std::get_if<PagedArgument>(&argument);
+    const AnyArray& array = pages ? std::get<0>(*pages) : std::get<AnyArray>(argument);
     const std::size_t axes = pages ? 4 : 3;
     if (array.ndim() != axes || array.itemsize() != element_bytes(dtype))
         throw nb::value_error("a plane must be [tokens, heads, dim], or [blocks, page tokens, heads, dim], in the dtype given");
@@ -92,7 +95,7 @@ PlaneView plane_view(const PlaneArgument& argument, Dtype dtype) {
     plane.dim_stride = stride(axes - 1);
     plane.tokens = array.shape(0);
     if (pages) {
-        const auto& [block_ids, tokens, first_token] = *pages;
+        const auto& [_, block_ids, tokens, first_token] = *pages;
         plane.tokens = tokens;
         plane.first_token = first_token;
         plane.pages = block_ids.data();
