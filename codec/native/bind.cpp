@@ -233,7 +233,7 @@ class Coder {
         std::vector<std::vector<u16>> found(groups.size());
         {
             nb::gil_scoped_release release;
-            parallel_for(groups.size(), threads, [&](std::size_t g) { found[g] = lossy_.drain_tokens(layers[g], sinks, type); });
+            parallel_for<Workspace>(groups.size(), threads, [&](std::size_t g, Workspace&) { found[g] = lossy_.drain_tokens(layers[g], sinks, type); });
         }
         std::vector<nb::ndarray<nb::numpy, u16, nb::ndim<1>>> out;
         for (std::vector<u16>& tokens : found) {
@@ -254,8 +254,8 @@ class Coder {
         std::vector<Status> statuses(segments.size(), Status::ok);
         {
             nb::gil_scoped_release release;
-            parallel_for(segments.size(), threads, [&](std::size_t s) {
-                statuses[s] = lossy_.encode(segments[s].segment, sinks, type, levels, payloads[s]);
+            parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+                statuses[s] = lossy_.encode(segments[s].segment, sinks, type, levels, workspace, payloads[s]);
             });
         }
         const Status status = worst_of(statuses);
@@ -279,8 +279,9 @@ class Coder {
         }
         std::vector<Status> statuses(segments.size(), Status::ok);
         nb::gil_scoped_release release;
-        parallel_for(segments.size(), threads,
-                     [&](std::size_t s) { statuses[s] = lossy_.decode(segments[s].segment, views[s], sinks, type); });
+        parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+            statuses[s] = lossy_.decode(segments[s].segment, views[s], sinks, type, workspace);
+        });
         return static_cast<int>(worst_of(statuses));
     }
 
@@ -292,7 +293,9 @@ class Coder {
         std::vector<Bytes> payloads(segments.size());
         {
             nb::gil_scoped_release release;
-            parallel_for(segments.size(), threads, [&](std::size_t s) { payloads[s] = lossless_.encode(segments[s], type); });
+            parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+                payloads[s] = lossless_.encode(segments[s], type, workspace);
+            });
         }
         std::vector<nb::bytes> out;
         for (const Bytes& payload : payloads) out.push_back(to_bytes(payload));
@@ -307,8 +310,8 @@ class Coder {
         for (const auto& planes : arguments) segments.push_back(plane_views(planes, type));
         std::vector<Status> statuses(segments.size(), Status::ok);
         nb::gil_scoped_release release;
-        parallel_for(segments.size(), threads, [&](std::size_t s) {
-            statuses[s] = lossless_.decode({payloads[s].data(), payloads[s].size()}, segments[s], type);
+        parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+            statuses[s] = lossless_.decode({payloads[s].data(), payloads[s].size()}, segments[s], type, workspace);
         });
         return static_cast<int>(worst_of(statuses));
     }

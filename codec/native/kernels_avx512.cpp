@@ -127,11 +127,15 @@ KVSTORE_TARGET inline Decoded compared(const ValueJob& job, __m512i centre, cons
     const __mmask32 before = _mm512_movepi16_mask(t);
     const __m512i distance = _mm512_mask_sub_epi16(_mm512_sub_epi16(t, row(kWidth)), before, _mm512_set1_epi16(-1), t);
     __m512i bias = t, code = row(kCodes), edge = row(0);
-    for (int k = 1; k <= job.reach; ++k) {
+    const auto look = [&](std::size_t k) KVSTORE_TARGET __attribute__((always_inline)) {
         const __mmask32 further = _mm512_cmpge_epi16_mask(distance, edge);
         bias = _mm512_mask_sub_epi16(bias, further, distance, edge);
-        code = _mm512_mask_mov_epi16(code, further, row(kCodes + static_cast<std::size_t>(k)));
-        edge = row(static_cast<std::size_t>(k));
+        code = _mm512_mask_mov_epi16(code, further, row(kCodes + k));
+        edge = row(k);
+    };
+    for (std::size_t k = 1; k <= static_cast<std::size_t>(job.reach); k += 2) {
+        look(k);
+        look(k + 1);
     }
     beyond = _mm512_mask_cmpge_epi16_mask(flow.active, distance, edge);
     const __m512i less = _mm512_and_si512(code, flow.low12);  // frequency − 1

@@ -23,8 +23,8 @@ class LosslessCodec {
   public:
     LosslessCodec(LosslessTables tables, const Kernels& kernels);
 
-    Bytes encode(std::span<const PlaneView> planes, Dtype dtype) const;
-    Status decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype) const;
+    Bytes encode(std::span<const PlaneView> planes, Dtype dtype, Workspace& workspace) const;
+    Status decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype, Workspace& workspace) const;
 
   private:
     struct Choice {

@@ -91,16 +91,23 @@ void LossyCodec::read_planes(const LossySegment& segment, std::size_t sinks, Dty
 }
 
 LossyCodec::Grid LossyCodec::measured_grid(const std::vector<Statistics>& statistics, bool drains) const {
+    std::size_t components = 0;
+    for (const Statistics& plane : statistics) components += plane.scale_ids.size();
     Grid grid;
-    for (const Statistics& plane : statistics)
-        for (std::size_t c = 0; c < plane.scale_ids.size(); ++c) {
-            grid.mean.push_back(plane.mean(c));
-            grid.unit.push_back(plane.step);
-            grid.scales[kPlain].push_back(plane.scale_ids[c] - T::kScaleIdOffset);
-            if (drains)
-                grid.scales[kDrains].push_back(
-                    drain_scale(tables_, plane.scale_ids[c], plane.mean_steps[c], plane.mean_shift));
+    grid.mean.resize(components);
+    grid.unit.resize(components);
+    grid.scales[kPlain].resize(components);
+    if (drains) grid.scales[kDrains].resize(components);
+    std::size_t j = 0;
+    for (const Statistics& plane : statistics) {
+        const float quantum = plane.quantum();
+        for (std::size_t c = 0; c < plane.scale_ids.size(); ++c, ++j) {
+            grid.mean[j] = static_cast<float>(plane.mean_steps[c]) * quantum;
+            grid.unit[j] = plane.step;
+            grid.scales[kPlain][j] = plane.scale_ids[c] - T::kScaleIdOffset;
+            if (drains) grid.scales[kDrains][j] = drain_scale(tables_, plane.scale_ids[c], plane.mean_steps[c], plane.mean_shift);
         }
+    }
     return grid;
 }
 
@@ -121,7 +128,7 @@ LossyCodec::Grid LossyCodec::profile_grid(const GroupProfile& profile, int step_
     return grid;
 }
 
-Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels,
+Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels, Workspace& workspace,
                           std::vector<Bytes>& payloads) const {
     const std::size_t tokens = segment.tokens();
     Flat flat;
@@ -192,8 +199,8 @@ Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype 
             plans[c] = plan_class(tables_, grid.scales[c], levels);
             coded[c] = &plans[c];
         }
-    WindowEncoder encoder(kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
-    WindowBuffers buffers(grid.components());
+    WindowEncoder encoder(workspace, kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
+    WindowBuffers buffers(workspace, grid.components());
     for (const std::size_t c : {kPlain, kDrains}) {
         if (classes[c].empty()) continue;
         std::vector<float> inverse = grid.steps(levels - 1, c);
@@ -249,11 +256,11 @@ class LossyCodec::RowWriter {
 
     void begin(std::size_t token_class) {
         steps_ = grid_.steps(level_, token_class);
-        for (std::size_t m = 0; m < 3; ++m) {
-            shrink_[m].resize(grid_.components());
-            for (std::size_t c = 0; c < grid_.components(); ++c)
-                shrink_[m][c] = codec_.tables_.shrinkage_of(
-                    grid_.scales[token_class][c] + T::kLevelShift[static_cast<std::size_t>(level_)])[m + 1];
+        for (std::vector<float>& shrink : shrink_) shrink.resize(grid_.components());
+        for (std::size_t c = 0; c < grid_.components(); ++c) {
+            const float* shrinkage =
+                codec_.tables_.shrinkage_of(grid_.scales[token_class][c] + T::kLevelShift[static_cast<std::size_t>(level_)]);
+            for (std::size_t m = 0; m < 3; ++m) shrink_[m][c] = shrinkage[m + 1];
         }
     }
     GridView view() const {
@@ -335,7 +342,7 @@ class LossyCodec::TransformWriter : public RowWriter {
 };
 
 Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView> payloads, std::size_t sinks,
-                          Dtype dtype) const {
+                          Dtype dtype, Workspace& workspace) const {
     std::vector<u16> drains;
     Grid grid;
     std::size_t at = 0;
@@ -350,12 +357,12 @@ Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView>
             plans[c] = plan_class(tables_, grid.scales[c], levels);
             coded[c] = &plans[c];
         }
-    WindowDecoder decoder(kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, grid.components());
+    WindowDecoder decoder(workspace, kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, grid.components());
     std::vector<ByteView> sections(payloads.begin(), payloads.end());
     sections.front() = sections.front().subspan(at);
     if (const Status status = decoder.open(sections); status != Status::ok) return status;
 
-    WindowBuffers buffers(grid.components());
+    WindowBuffers buffers(workspace, grid.components());
     const auto decode_all = [&](auto& writer) {
         for (const std::size_t c : {kDrains, kPlain}) {
             if (classes[c].empty()) continue;

@@ -22,7 +22,7 @@ NearSymbols::NearSymbols(const SlotTable& table, std::size_t centre, bool mirror
             row.edges[k] = static_cast<u16>(row.edges[k - 1] + frequency);
             row.codes[k] = static_cast<u16>(k << kSlotBits | ((frequency - 1u) & (kSlots - 1)));
             covered += mirrored ? 2u * frequency : frequency;
-            if (reaches_[index] == 0 && kSlots - covered <= kSlotsLeftMax) reaches_[index] = static_cast<int>(k);
+            if (reaches_[index] == 0 && kSlots - covered <= kSlotsLeftMax) reaches_[index] = static_cast<int>(k + k % 2);
         }
     }
 }

@@ -26,7 +26,7 @@ class NearSymbols {
   public:
     NearSymbols(const SlotTable& table, std::size_t centre, bool mirrored);
     const NearRow& row(std::size_t table) const { return rows_[table]; }
-    // How many symbols to each side of the centre leave out few enough slots; 0: none do.
+    // How many symbols to each side of the centre leave out few enough slots, an even number; 0: none do.
     int reach(std::size_t table) const { return reaches_[table]; }
 
   private:
