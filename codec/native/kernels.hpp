@@ -1,8 +1,8 @@
 // The inner loops, one table of functions per instruction set; all of them compute the same bits.
 //
 // READ ME FIRST
-//  * Scalar code defines each function; vector code may take the first steps of a stream and leave the rest to it,
-//    since it reads 128 bytes ahead: bounds are checked once a step there, word by word in the scalar code.
+//  * Scalar code defines each function. Vector code reads up to 128 bytes ahead, at a stream's end from a copy with zeros
+//    after it; it checks bounds once a step, and whether it went beyond them at the end of a window.
 //  * A tile is 32 tokens × 32 lanes of i16, 64-byte aligned. Lanes that a block does not have hold anything.
 //  * Values are 16-bit two's complement and wrap: only hostile bytes make them.
 //  * Float loops are the same source compiled for each instruction set (row_loops.inl). No fused multiply-add, no
@@ -115,8 +115,8 @@ struct Kernels {
     void (*bfloat16_to_float)(const u8* row, std::size_t count, float* out);
     void (*float_to_bfloat16)(const float* values, std::size_t count, u8* row);
     void (*dequantise)(const i16* values, std::size_t count, const GridView& grid, float* out);
-    // round((x − mean) · inverse), clamped to ±limit < 2^15; ties to even.
-    void (*quantise)(const float* values, std::size_t count, const float* mean, const float* inverse, float limit, i16* out);
+    // round((x − mean) · inverse), clamped to ±kValueLimit; ties to even.
+    void (*quantise)(const float* values, std::size_t count, const float* mean, const float* inverse, i16* out);
     // One head's pairs (first[i], second[i]), by `direction` 1 or −1.
     void (*rotate)(float* first, float* second, const float* cos, const float* sin, std::size_t pairs, float direction);
     // sum += x, square += x², peak = max(peak, |x|), in double.
@@ -140,11 +140,5 @@ const Kernels* kernels_for(Isa isa);
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
-
-namespace scalar {
-// Steps [first, steps), for vector code to finish with.
-Status decode_values_from(const Alphabet& alphabet, const ValueJob& job, int first, int steps);
-Status decode_digits_from(const DigitJob& job, int first, int steps);
-}  // namespace scalar
 
 }  // namespace kvstore

@@ -21,7 +21,6 @@ namespace {
 #include "row_loops.inl"
 
 constexpr int kHalf = 16;
-constexpr std::ptrdiff_t kStepBytesMax = 4 * kLanes;  // a refill and a raw word for each lane
 
 struct Pair {
     __m512i half[2];
@@ -58,22 +57,28 @@ struct Flow {
     __mmask32 active;
 
     KVSTORE_TARGET Flow(StreamDecoder& stream, int lanes)
-        : low12(words_of(static_cast<i16>(kSlots - 1))), at(stream.position()),
-          last(stream.end() - std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(stream.bytes_left()), kStepBytesMax)),
-          active(first_lanes(lanes)) {
+        : low12(words_of(static_cast<i16>(kSlots - 1))), at(stream.position()), last(stream.limit()), active(first_lanes(lanes)) {
         const Pair states = load_pair(stream.states().data());
         high = halves(states, true);
         low = halves(states, false);
         __asm__("" : "+v"(low12));
     }
-    KVSTORE_TARGET void store(StreamDecoder& stream) const {
+    // False where the stream was too short.
+    KVSTORE_TARGET bool store(StreamDecoder& stream) const {
         const Pair upper = widen(high), lower = widen(low);
         for (int h = 0; h < 2; ++h)
             _mm512_storeu_si512(stream.states().data() + kHalf * h,
                                 _mm512_or_si512(_mm512_slli_epi32(upper.half[h], 16), lower.half[h]));
-        stream.move_to(at);
+        return stream.move_to(at);
     }
-    KVSTORE_TARGET bool has_room() const { return at < last; }
+    KVSTORE_TARGET bool has_room(StreamDecoder& stream) {
+        if (__builtin_expect(at < last, 1)) return true;
+        const u8* const copy = stream.enter_tail(at);
+        if (copy == nullptr) return false;
+        at = copy;
+        last = stream.limit();
+        return true;
+    }
     KVSTORE_TARGET __m512i slot() const { return _mm512_and_si512(low, low12); }
     // A symbol's span of slots takes the states on, x to frequency · ⌊x / 2^12⌋ + bias; those then below 2^16 take the
     // next words, in lane order.
@@ -160,7 +165,8 @@ struct ValueLoop {
         centre = Falling ? _mm512_sub_epi16(add, middle) : _mm512_add_epi16(add, middle);
         escaped = Falling ? _mm512_sub_epi16(add, last) : _mm512_add_epi16(add, last);
     }
-    KVSTORE_TARGET void finish() const { flow.store(*job.stream); }
+    KVSTORE_TARGET bool has_room() { return flow.has_room(*job.stream); }
+    KVSTORE_TARGET bool finish() const { return flow.store(*job.stream); }
     KVSTORE_TARGET __attribute__((always_inline)) inline void step(int at) {
         i16* const row = job.tile + at * kLanes;
         if constexpr (Near) {
@@ -180,45 +186,39 @@ struct ValueLoop {
     }
 };
 
+constexpr Status status_of(bool whole) { return whole ? Status::ok : Status::stream_ends_early; }
+
 template <bool Falling, bool Near>
-KVSTORE_TARGET int value_steps(const Alphabet& alphabet, const ValueJob& job, int first, int steps) {
+KVSTORE_TARGET Status value_steps(const Alphabet& alphabet, const ValueJob& job, int steps) {
     ValueLoop<Falling, Near> loop(alphabet, job);
-    int step = first;
-    for (; step < steps && loop.flow.has_room(); ++step) loop.step(step);
-    loop.finish();
-    return step;
+    int step = 0;
+    for (; step < steps && loop.has_room(); ++step) loop.step(step);
+    return status_of(loop.finish() && step == steps);
 }
 
 template <bool Falling, bool Near0, bool Near1>
-KVSTORE_TARGET int value_steps(const Alphabet& alphabet, const ValueJob& job0, const ValueJob& job1, int steps) {
+KVSTORE_TARGET Status value_steps(const Alphabet& alphabet, const ValueJob& job0, const ValueJob& job1, int steps) {
     ValueLoop<Falling, Near0> loop0(alphabet, job0);
     ValueLoop<Falling, Near1> loop1(alphabet, job1);
     int step = 0;
-    for (; step < steps && loop0.flow.has_room() && loop1.flow.has_room(); ++step) {
+    for (; step < steps && loop0.has_room() && loop1.has_room(); ++step) {
         loop0.step(step);
         loop1.step(step);
     }
-    loop0.finish();
-    loop1.finish();
-    return step;
+    const bool whole[2]{loop0.finish(), loop1.finish()};
+    return status_of(whole[0] && whole[1] && step == steps);
 }
 
 template <bool Falling>
 KVSTORE_TARGET Status decode_values_as(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
     const auto near = [&jobs](std::size_t n) { return jobs[n].reach > 0; };
-    int done = 0;
-    if (jobs.size() == 2) {
-        const auto both = near(0) ? near(1) ? value_steps<Falling, true, true> : value_steps<Falling, true, false>
-                                  : near(1) ? value_steps<Falling, false, true> : value_steps<Falling, false, false>;
-        done = both(alphabet, jobs[0], jobs[1], steps);
-        if (done == steps) return Status::ok;
+    if (jobs.size() == 1) {
+        const auto one = near(0) ? value_steps<Falling, true> : value_steps<Falling, false>;
+        return one(alphabet, jobs[0], steps);
     }
-    for (std::size_t n = 0; n < jobs.size(); ++n) {
-        const auto one = near(n) ? value_steps<Falling, true> : value_steps<Falling, false>;
-        const int more = one(alphabet, jobs[n], done, steps);
-        if (const Status status = scalar::decode_values_from(alphabet, jobs[n], more, steps); status != Status::ok) return status;
-    }
-    return Status::ok;
+    const auto both = near(0) ? near(1) ? value_steps<Falling, true, true> : value_steps<Falling, true, false>
+                              : near(1) ? value_steps<Falling, false, true> : value_steps<Falling, false, false>;
+    return both(alphabet, jobs[0], jobs[1], steps);
 }
 
 KVSTORE_TARGET Status decode_values(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
@@ -261,36 +261,28 @@ KVSTORE_TARGET __attribute__((always_inline)) inline void digit_step(const Digit
     _mm512_storeu_si512(row, _mm512_add_epi16(tripled, digit));
 }
 
-KVSTORE_TARGET inline int digit_steps(const DigitJob& job, int first, int steps) {
+KVSTORE_TARGET inline Status digit_steps(const DigitJob& job, int steps) {
     const DigitStarts starts(*job.lanes);
     Flow flow(*job.stream, job.lanes->count);
-    int step = first;
-    for (; step < steps && flow.has_room(); ++step) digit_step(starts, flow, job.tile + step * kLanes);
-    flow.store(*job.stream);
-    return step;
+    int step = 0;
+    for (; step < steps && flow.has_room(*job.stream); ++step) digit_step(starts, flow, job.tile + step * kLanes);
+    return status_of(flow.store(*job.stream) && step == steps);
 }
 
-KVSTORE_TARGET inline int digit_steps(const DigitJob& first, const DigitJob& second, int steps) {
-    const DigitStarts starts0(*first.lanes), starts1(*second.lanes);
-    Flow flow0(*first.stream, first.lanes->count), flow1(*second.stream, second.lanes->count);
+KVSTORE_TARGET inline Status digit_steps(const DigitJob& job0, const DigitJob& job1, int steps) {
+    const DigitStarts starts0(*job0.lanes), starts1(*job1.lanes);
+    Flow flow0(*job0.stream, job0.lanes->count), flow1(*job1.stream, job1.lanes->count);
     int step = 0;
-    for (; step < steps && flow0.has_room() && flow1.has_room(); ++step) {
-        digit_step(starts0, flow0, first.tile + step * kLanes);
-        digit_step(starts1, flow1, second.tile + step * kLanes);
+    for (; step < steps && flow0.has_room(*job0.stream) && flow1.has_room(*job1.stream); ++step) {
+        digit_step(starts0, flow0, job0.tile + step * kLanes);
+        digit_step(starts1, flow1, job1.tile + step * kLanes);
     }
-    flow0.store(*first.stream);
-    flow1.store(*second.stream);
-    return step;
+    const bool whole[2]{flow0.store(*job0.stream), flow1.store(*job1.stream)};
+    return status_of(whole[0] && whole[1] && step == steps);
 }
 
 KVSTORE_TARGET Status decode_digits(std::span<const DigitJob> jobs, int steps) {
-    const int done = jobs.size() == 2 ? digit_steps(jobs[0], jobs[1], steps) : 0;
-    if (done == steps) return Status::ok;
-    for (const DigitJob& job : jobs) {
-        const int more = digit_steps(job, done, steps);
-        if (const Status status = scalar::decode_digits_from(job, more, steps); status != Status::ok) return status;
-    }
-    return Status::ok;
+    return jobs.size() == 2 ? digit_steps(jobs[0], jobs[1], steps) : digit_steps(jobs[0], steps);
 }
 
 // Encoders go through lanes from the last to the first, so they hold them reversed: element 0 is lane 31.

@@ -16,6 +16,21 @@ constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
 constexpr std::array<float, 4> kQuarterOctaves{0x1p0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
 constexpr std::size_t kTransformTokens = 32;  // decoded together, so that converting the basis pays
 
+// The plans of the classes that there are.
+struct Plans {
+    std::array<ClassPlan, 2> all;
+    std::array<const ClassPlan*, 2> coded{};
+
+    Plans(const LossyTables& tables, const TokenClasses& classes, const std::array<std::vector<i32>, 2>& scales, int levels) {
+        for (const std::size_t c : {kDrains, kPlain}) {
+            if (classes[c].empty()) continue;
+            all[c] = plan_class(tables, scales[c], levels);
+            coded[c] = &all[c];
+        }
+    }
+    Plans(const Plans&) = delete;  // `coded` points into it
+};
+
 }  // namespace
 
 std::size_t LossySegment::channels() const {
@@ -192,14 +207,8 @@ Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype 
     }
     append_sinks(side, segment, sinks, dtype);
 
-    std::array<ClassPlan, 2> plans;
-    std::array<const ClassPlan*, 2> coded{};
-    for (const std::size_t c : {kDrains, kPlain})
-        if (!classes[c].empty()) {
-            plans[c] = plan_class(tables_, grid.scales[c], levels);
-            coded[c] = &plans[c];
-        }
-    WindowEncoder encoder(workspace, kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
+    const Plans plans(tables_, classes, grid.scales, levels);
+    WindowEncoder encoder(workspace, kernels_, tables_.alphabet(), plans.coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
     WindowBuffers buffers(workspace, grid.components());
     for (const std::size_t c : {kPlain, kDrains}) {
         if (classes[c].empty()) continue;
@@ -209,7 +218,7 @@ Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype 
         for (std::size_t first = (count - 1) / kWindow * kWindow;; first -= kWindow) {
             const std::size_t steps = std::min(kWindow, count - first);
             for (std::size_t t = 0; t < steps; ++t)
-                kernels_.quantise(flat.row(classes[c][first + t]), grid.components(), grid.mean.data(), inverse.data(), kValueLimit,
+                kernels_.quantise(flat.row(classes[c][first + t]), grid.components(), grid.mean.data(), inverse.data(),
                                   buffers.row(t));
             encoder.previous(c, static_cast<int>(steps), buffers);
             if (first == 0) break;
@@ -296,12 +305,14 @@ class LossyCodec::RowWriter {
 // The same through a profile's basis, some tokens at a time.
 class LossyCodec::TransformWriter : public RowWriter {
   public:
-    TransformWriter(const LossyCodec& codec, const LossySegment& segment, const Grid& grid, int level, Dtype dtype)
-        : RowWriter(codec, segment, grid, level, dtype), y_(kTransformTokens * grid.components()),
-          scratch_(gemm::scratch_floats(kTransformTokens)) {
+    TransformWriter(const LossyCodec& codec, const LossySegment& segment, const Grid& grid, int level, Dtype dtype,
+                    Workspace& workspace)
+        : RowWriter(codec, segment, grid, level, dtype), y_(workspace.components), x_(workspace.channels), scratch_(workspace.scratch) {
         std::size_t widest = 0;
         for (const CodedPlane& coded : segment.planes) widest = std::max(widest, coded.plane.channels());
+        y_.resize(kTransformTokens * grid.components());
         x_.resize(kTransformTokens * widest);
+        scratch_.resize(gemm::scratch_floats(kTransformTokens));
         for (std::size_t c = 0; c < segment.profile->channels; ++c) inverse_weight_.push_back(1.0f / segment.profile->weight[c]);
     }
     // False where the profile's shape does not fit the segment.
@@ -337,7 +348,8 @@ class LossyCodec::TransformWriter : public RowWriter {
     }
 
   private:
-    std::vector<float> y_, x_, inverse_weight_, scratch_;
+    std::vector<float>&y_, &x_, &scratch_;
+    std::vector<float> inverse_weight_;
     std::vector<std::size_t> tokens_;
 };
 
@@ -350,14 +362,11 @@ Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView>
         return status;
     const TokenClasses classes = classify(segment.tokens(), sinks, drains);
     const int levels = static_cast<int>(payloads.size());
-    std::array<ClassPlan, 2> plans;
-    std::array<const ClassPlan*, 2> coded{};
-    for (const std::size_t c : {kDrains, kPlain})
-        if (!classes[c].empty()) {
-            plans[c] = plan_class(tables_, grid.scales[c], levels);
-            coded[c] = &plans[c];
-        }
-    WindowDecoder decoder(workspace, kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, grid.components());
+    const Plans plans(tables_, classes, grid.scales, levels);
+    const bool transformed = segment.profile != nullptr && segment.profile->basis != nullptr;  // which takes nearly all time
+    std::array<std::size_t, 2> near_tokens{};
+    if (!transformed) near_tokens = {classes[kDrains].size(), classes[kPlain].size()};
+    WindowDecoder decoder(workspace, kernels_, tables_.alphabet(), plans.coded, near_tokens, grid.components());
     std::vector<ByteView> sections(payloads.begin(), payloads.end());
     sections.front() = sections.front().subspan(at);
     if (const Status status = decoder.open(sections); status != Status::ok) return status;
@@ -377,8 +386,8 @@ Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView>
         return decoder.finish();
     };
     Status status;
-    if (segment.profile != nullptr && segment.profile->basis != nullptr) {
-        TransformWriter writer(*this, segment, grid, levels - 1, dtype);
+    if (transformed) {
+        TransformWriter writer(*this, segment, grid, levels - 1, dtype, workspace);
         status = decode_all(writer);
         if (status == Status::ok && !writer.flush()) status = Status::side_information;
     } else {

@@ -101,10 +101,11 @@ void WindowBuffers::scatter(const Kernels& kernels, std::span<const u32> compone
 }
 
 WindowDecoder::WindowDecoder(Workspace& workspace, const Kernels& kernels, const Alphabet& alphabet,
-                             std::array<const ClassPlan*, 2> classes, std::array<std::size_t, 2> tokens, std::size_t components)
+                             std::array<const ClassPlan*, 2> classes, std::array<std::size_t, 2> near_tokens,
+                             std::size_t components)
     : kernels_(kernels), alphabet_(alphabet), classes_(classes), near_(workspace.near), tiles_(workspace.tiles) {
     for (std::size_t index = 0; index < classes.size(); ++index)
-        if (classes[index] && kernels.compares && tokens[index] >= kNearTokensMin) find_near(index);
+        if (classes[index] && kernels.compares && near_tokens[index] >= kNearTokensMin) find_near(index);
     std::size_t blocks = 0;
     for (const ClassPlan* plan : classes) blocks = std::max(blocks, plan ? plan->blocks.size() : 0);
     tiles_.reserve(std::max(blocks, components > 0 ? std::size_t{1} : 0) * kTileSize);

@@ -34,6 +34,7 @@ class Aligned {
 struct Workspace {
     Aligned<i16> rows, columns, tiles;
     std::array<Aligned<i16>, 2> near;  // by class of tokens
+    std::vector<float> components, channels, scratch;  // of a linear transform
 };
 
 inline std::size_t padded(std::size_t components) { return (components + kLanes - 1) / kLanes * kLanes; }
@@ -60,10 +61,11 @@ class WindowBuffers {
 
 class WindowDecoder {
   public:
-    // `classes`: the plans of the classes of tokens that are there, in coding order (null: no such tokens); `tokens`: how
-    // many there are of each.
+    // `classes`: the plans of the classes of tokens that are there, in coding order (null: no such tokens). `near_tokens`:
+    // how many there are of each, or 0 where near symbols are not worth their memory.
     WindowDecoder(Workspace& workspace, const Kernels& kernels, const Alphabet& alphabet,
-                  std::array<const ClassPlan*, 2> classes, std::array<std::size_t, 2> tokens, std::size_t components);
+                  std::array<const ClassPlan*, 2> classes, std::array<std::size_t, 2> near_tokens,
+                  std::size_t components);
     Status open(std::span<const ByteView> sections);
     // The next `steps` tokens of class `index`; they are rows 0…steps−1 of `buffers`.
     Status next(std::size_t index, int steps, WindowBuffers& buffers);
