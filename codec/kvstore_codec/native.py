@@ -67,7 +67,8 @@ class NativeCoder:
         threads: int,
     ) -> None:
         arguments = [_segment(segment) for segment in segments]
-        _check(self._coder.decode_lossy(arguments, payloads, sinks, _DTYPES[dtype], threads))
+        buffers: Any = payloads  # any buffers will do, which the stub cannot say
+        _check(self._coder.decode_lossy(arguments, buffers, sinks, _DTYPES[dtype], threads))
 
     def encode_lossless(self, segments: Sequence[Sequence[Plane]], dtype: str, threads: int) -> list[bytes]:
         return self._coder.encode_lossless(segments, _DTYPES[dtype], threads)
@@ -75,7 +76,8 @@ class NativeCoder:
     def decode_lossless(
         self, segments: Sequence[Sequence[Plane]], payloads: Sequence[memoryview], dtype: str, threads: int
     ) -> None:
-        _check(self._coder.decode_lossless(segments, payloads, _DTYPES[dtype], threads))
+        buffers: Any = payloads
+        _check(self._coder.decode_lossless(segments, buffers, _DTYPES[dtype], threads))
 
 
 #: The one that everybody uses: its tables take some milliseconds and a megabyte to make.
@@ -94,4 +96,9 @@ def _segment(segment: LossySegment) -> Any:
     if profile is None:
         return segment
     basis = None if profile.basis is None else profile.basis.view(np.uint16)
-    return segment.planes, segment.drains, (profile.mean, profile.weight, basis, profile.scale_ids), segment.step_quarters
+    return (
+        segment.planes,
+        segment.drains,
+        (profile.mean, profile.weight, basis, profile.scale_ids),
+        segment.step_quarters,
+    )

@@ -327,8 +327,9 @@ class Coder {
             digits.shape(1) != 3 || shrinkage.shape(0) != LossyTables::kScales || shrinkage.shape(1) != LossyTables::kShrinkage ||
             thresholds.size() != 63 || variances.size() != 64)
             throw nb::value_error("lossy tables have the wrong shapes");
-        const SlotTable value_slots = slot_table(values, true);
-        return {value_slots, slot_table(digits, false), NearSymbols(value_slots, LossyTables::kValueMax, true),
+        SlotTable slots = slot_table(values, true);
+        NearSymbols near(slots, LossyTables::kValueMax, true);
+        return {std::move(slots), slot_table(digits, false), std::move(near),
                 {shrinkage.data(), shrinkage.data() + shrinkage.size()},
                 {thresholds.data(), thresholds.data() + thresholds.size()},
                 {variances.data(), variances.data() + variances.size()}};
@@ -337,8 +338,9 @@ class Coder {
         if (exponents.shape(0) != LosslessTables::kTables || exponents.shape(1) != LosslessTables::kSymbols ||
             costs.size() != exponents.size())
             throw nb::value_error("lossless tables have the wrong shapes");
-        const SlotTable slots = slot_table(exponents, true);
-        return {slots, NearSymbols(slots, 0, false), {costs.data(), costs.data() + costs.size()}};
+        SlotTable slots = slot_table(exponents, true);
+        NearSymbols near(slots, 0, false);
+        return {std::move(slots), std::move(near), {costs.data(), costs.data() + costs.size()}};
     }
 
     LossyCodec lossy_;

@@ -310,9 +310,9 @@ class LossyCodec::TransformWriter : public RowWriter {
         : RowWriter(codec, segment, grid, level, dtype), y_(workspace.components), x_(workspace.channels), scratch_(workspace.scratch) {
         std::size_t widest = 0;
         for (const CodedPlane& coded : segment.planes) widest = std::max(widest, coded.plane.channels());
-        y_.resize(kTransformTokens * grid.components());
-        x_.resize(kTransformTokens * widest);
-        scratch_.resize(gemm::scratch_floats(kTransformTokens));
+        y_.reserve(kTransformTokens * grid.components());
+        x_.reserve(kTransformTokens * widest);
+        scratch_.reserve(gemm::scratch_floats(kTransformTokens));
         for (std::size_t c = 0; c < segment.profile->channels; ++c) inverse_weight_.push_back(1.0f / segment.profile->weight[c]);
     }
     // False where the profile's shape does not fit the segment.
@@ -334,7 +334,8 @@ class LossyCodec::TransformWriter : public RowWriter {
             if (channels == 0 || tokens_.empty()) continue;
             const bool fits = gemm::inverse(codec_.gemm_, {{y_.data(), tokens_.size() * components}, tokens_.size(), components, components},
                                             {{profile.basis, components * profile.channels}, components, profile.channels, profile.channels},
-                                            first, {{x_.data(), tokens_.size() * channels}, tokens_.size(), channels, channels}, scratch_);
+                                            first, {{x_.data(), tokens_.size() * channels}, tokens_.size(), channels, channels},
+                                            {scratch_.data(), gemm::scratch_floats(kTransformTokens)});
             if (!fits) return false;
             for (std::size_t t = 0; t < tokens_.size(); ++t) {
                 float* row = x_.data() + t * channels;
@@ -348,7 +349,7 @@ class LossyCodec::TransformWriter : public RowWriter {
     }
 
   private:
-    std::vector<float>&y_, &x_, &scratch_;
+    Pages<float>&y_, &x_, &scratch_;
     std::vector<float> inverse_weight_;
     std::vector<std::size_t> tokens_;
 };

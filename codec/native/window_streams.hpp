@@ -6,35 +6,15 @@
 #pragma once
 
 #include "blocks.hpp"
+#include "pages.hpp"
 
 namespace kvstore {
 
-// 64-byte aligned numbers; vectors are read and written whole, so sizes are rounded up.
-template <class T>
-class Aligned {
-  public:
-    // What it holds then is zeros, or what it held before.
-    void reserve(std::size_t count) {
-        if (count + 64 / sizeof(T) <= held_.size()) return;
-        held_.assign(count + 64 / sizeof(T), T{});
-        const auto address = reinterpret_cast<std::uintptr_t>(held_.data());
-        data_ = held_.data() + (64 - address % 64) % 64 / sizeof(T);
-    }
-    T* data() { return data_; }
-    const T* data() const { return data_; }
-    T& operator[](std::size_t index) { return data_[index]; }
-    const T& operator[](std::size_t index) const { return data_[index]; }
-
-  private:
-    std::vector<T> held_;
-    T* data_ = nullptr;
-};
-
-// The memory of a window, kept from segment to segment: freed and taken again for each, it would be new pages each time.
+// What coding a window needs, kept from segment to segment.
 struct Workspace {
-    Aligned<i16> rows, columns, tiles;
-    std::array<Aligned<i16>, 2> near;  // by class of tokens
-    std::vector<float> components, channels, scratch;  // of a linear transform
+    Pages<i16> rows, columns, tiles;
+    std::array<Pages<i16>, 2> near;  // by class of tokens
+    Pages<float> components, channels, scratch;  // of a linear transform
 };
 
 inline std::size_t padded(std::size_t components) { return (components + kLanes - 1) / kLanes * kLanes; }
@@ -55,7 +35,7 @@ class WindowBuffers {
 
   private:
     std::size_t stride_;
-    Aligned<i16>&rows_, &columns_;
+    Pages<i16>&rows_, &columns_;
     alignas(64) std::array<i16, kLanes> spare_{};  // where lanes without a component go to, and come from
 };
 
@@ -79,10 +59,10 @@ class WindowDecoder {
     const Kernels& kernels_;
     Alphabet alphabet_;
     std::array<const ClassPlan*, 2> classes_;
-    std::array<Aligned<i16>, 2>& near_;        // near symbols (near_symbols.hpp) by class: a tile a block
+    std::array<Pages<i16>, 2>& near_;        // near symbols (near_symbols.hpp) by class: a tile a block
     std::array<std::vector<int>, 2> reaches_;  // how far each of them reaches; empty where they are not used
     std::vector<std::vector<StreamDecoder>> streams_;  // by quality layer
-    Aligned<i16>& tiles_;
+    Pages<i16>& tiles_;
 };
 
 class WindowEncoder {
@@ -101,7 +81,7 @@ class WindowEncoder {
     Alphabet alphabet_;
     std::array<const ClassPlan*, 2> classes_;
     std::vector<std::vector<StreamEncoder>> streams_;
-    Aligned<i16>& tiles_;
+    Pages<i16>& tiles_;
 };
 
 }  // namespace kvstore
