@@ -1,5 +1,6 @@
-// Memory by the page from the operating system: given back whole when it is no longer needed. Working buffers of a few
-// hundred KiB, freed and taken again among a caller's own objects, would leave holes in the heap instead.
+// Memory by the page from the operating system, given back whole when it is no longer needed. For the large buffers of a
+// linear transform: freed and taken again among other objects, they would leave holes in the heap. New pages cost a page
+// fault each, so what every short call needs is better taken from the heap.
 #pragma once
 
 #include <sys/mman.h>
@@ -10,7 +11,7 @@
 
 namespace kvstore {
 
-// Numbers, aligned to a page, with 64 bytes to spare, since vectors are read and written whole.
+// Numbers, aligned to a page.
 template <class T>
 class Pages {
   public:
@@ -21,7 +22,7 @@ class Pages {
 
     // Room for `count`. What it holds then is zeros, or what it held before. Throws std::bad_alloc.
     void reserve(std::size_t count) {
-        const std::size_t bytes = count * sizeof(T) + 64;
+        const std::size_t bytes = count * sizeof(T);
         if (bytes <= bytes_) return;
         release();
         void* const found = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -10,10 +10,31 @@
 
 namespace kvstore {
 
-// What coding a window needs, kept from segment to segment.
+// 64-byte aligned numbers; vectors are read and written whole, so sizes are rounded up.
+template <class T>
+class Aligned {
+  public:
+    // What it holds then is zeros, or what it held before.
+    void reserve(std::size_t count) {
+        if (count + 64 / sizeof(T) <= held_.size()) return;
+        held_.assign(count + 64 / sizeof(T), T{});
+        const auto address = reinterpret_cast<std::uintptr_t>(held_.data());
+        data_ = held_.data() + (64 - address % 64) % 64 / sizeof(T);
+    }
+    T* data() { return data_; }
+    const T* data() const { return data_; }
+    T& operator[](std::size_t index) { return data_[index]; }
+    const T& operator[](std::size_t index) const { return data_[index]; }
+
+  private:
+    std::vector<T> held_;
+    T* data_ = nullptr;
+};
+
+// The memory of a window, kept from segment to segment: freed and taken again for each, it would be new pages each time.
 struct Workspace {
-    Pages<i16> rows, columns, tiles;
-    std::array<Pages<i16>, 2> near;  // by class of tokens
+    Aligned<i16> rows, columns, tiles;
+    std::array<Aligned<i16>, 2> near;  // by class of tokens
     Pages<float> components, channels, scratch;  // of a linear transform
 };
 
@@ -35,7 +56,7 @@ class WindowBuffers {
 
   private:
     std::size_t stride_;
-    Pages<i16>&rows_, &columns_;
+    Aligned<i16>&rows_, &columns_;
     alignas(64) std::array<i16, kLanes> spare_{};  // where lanes without a component go to, and come from
 };
 
@@ -59,10 +80,10 @@ class WindowDecoder {
     const Kernels& kernels_;
     Alphabet alphabet_;
     std::array<const ClassPlan*, 2> classes_;
-    std::array<Pages<i16>, 2>& near_;        // near symbols (near_symbols.hpp) by class: a tile a block
+    std::array<Aligned<i16>, 2>& near_;        // near symbols (near_symbols.hpp) by class: a tile a block
     std::array<std::vector<int>, 2> reaches_;  // how far each of them reaches; empty where they are not used
     std::vector<std::vector<StreamDecoder>> streams_;  // by quality layer
-    Pages<i16>& tiles_;
+    Aligned<i16>& tiles_;
 };
 
 class WindowEncoder {
@@ -81,7 +102,7 @@ class WindowEncoder {
     Alphabet alphabet_;
     std::array<const ClassPlan*, 2> classes_;
     std::vector<std::vector<StreamEncoder>> streams_;
-    Pages<i16>& tiles_;
+    Aligned<i16>& tiles_;
 };
 
 }  // namespace kvstore
