@@ -14,7 +14,7 @@ using T = LossyTables;
 constexpr float kDrainScale = 0.125f, kMagnitudeMax = 0x1p100f, kMagnitudeMaxProfile = 0x1p60f;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
 constexpr std::array<float, 4> kQuarterOctaves{0x1p0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
-constexpr std::size_t kTransformTokens = 32;  // decoded together, so that converting the basis pays
+constexpr std::size_t kTransformTokens = 16;  // decoded together, so that converting the basis pays
 
 // The plans of the classes that there are.
 struct Plans {
