@@ -4,7 +4,7 @@
 //    leaves them and packing takes them: of each 16 lanes, one has 0–3 and 8–11, the other 4–7 and 12–15.
 //  * Lanes that a block does not have are computed with the others, but take and give no words, and the state of the
 //    stream keeps theirs. What they hold is in range for a table and meaningless.
-//  * Reads past a step: at most 128 bytes of the stream, which the loops check for before each step; 32 words of room
+//  * Reads past a step: at most 128 bytes of the stream, or of the copy of its tail (rans.hpp); 32 words of room
 //    in an encoder, which reserve_step makes.
 #include "kernels.hpp"
 

@@ -1,7 +1,7 @@
 // AVX-512 (F, BW, DQ, VL, VBMI2: Ice Lake and Zen 4 on). READ ME FIRST: kernels.hpp.
 //
 //  * Only integers are reordered; a quotient that floats estimate is made exact before it is used.
-//  * Reads past a step: at most 128 bytes of the stream, which the loops check for before each step; 32 words of room
+//  * Reads past a step: at most 128 bytes of the stream, or of the copy of its tail (rans.hpp); 32 words of room
 //    in an encoder, which reserve_step makes.
 #include "kernels.hpp"
 
