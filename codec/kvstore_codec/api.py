@@ -13,7 +13,7 @@ import numpy as np
 
 from kvstore_codec import arrays, container
 from kvstore_codec.arrays import KVArray, Plane
-from kvstore_codec.container import KV, Buffer, CodecId, Flags, NewSegment, ObjectHeader, ObjectInfo, SegmentInfo
+from kvstore_codec.container import KV, Buffer, CodecId, Flags, NewSegment, ObjectHeader
 from kvstore_codec.errors import DamagedObject, ErrorCode, ForeignObject, LayoutError, ProfileMissing
 from kvstore_codec.layout import KVLayout, LayerSpec
 from kvstore_codec.native import NATIVE
@@ -123,8 +123,7 @@ def decode(
     header = info.header
     check_header(header, layout, chunk_hash=chunk_hash, part=part)
     part_layout = layout.part_layout(header.part)
-    grouped = _by_group(info)
-    groups = [SegmentGroup(layers[0].kv, layers[0].layer_first, layers[0].layer_count) for layers in grouped]
+    groups = [SegmentGroup(*segment.planes) for segment in info.segments if segment.quality_layer == 0]
     used = _named_profile(profile, header, layout, groups) if header.codec is CodecId.PROFILE else None
     if out is None:
         out = arrays.empty(part_layout, header.tokens)
@@ -132,7 +131,9 @@ def decode(
     if planes[0].shape[0] != header.tokens:
         raise LayoutError("out has another number of tokens", got=planes[0].shape[0], expected=header.tokens)
 
-    payloads = [[container.segment_bytes(blob, segment) for segment in layers] for layers in grouped]
+    # The same planes in each quality layer (container.inspect sees to that): one list a group, quality layers in order.
+    held = container.segment_bytes(blob, info.segments)
+    payloads = [held[index :: len(groups)] for index in range(len(groups))]
     chosen = [[planes[index] for index in group.plane_indices] for group in groups]
     if header.codec is CodecId.RAW:
         for layers, some in zip(payloads, chosen, strict=True):
@@ -199,13 +200,13 @@ class _Lossy:
         return [[self._planes[index] for index in group.plane_indices] for group in groups]
 
     def _coded_planes(self, index: int) -> list[CodedPlane]:
-        coded = []
-        for plane in self._groups[index].plane_indices:
-            layer, is_value = divmod(plane, 2)
-            bits = self._planes[plane]
-            rotation = None if is_value else self._rotation(self._layout.layers[layer], bits.shape[0])
-            coded.append(CodedPlane(bits, rotation, self._step * (STEP_FACTOR_V if is_value else STEP_FACTOR_K)))
-        return coded
+        planes, layers, tokens = self._planes, self._layout.layers, self._planes[0].shape[0]
+        return [
+            CodedPlane(planes[plane], None, self._step * STEP_FACTOR_V)
+            if plane % 2
+            else CodedPlane(planes[plane], self._rotation(layers[plane // 2], tokens), self._step * STEP_FACTOR_K)
+            for plane in self._groups[index].plane_indices
+        ]
 
     def _rotation(self, layer: LayerSpec, tokens: int) -> Rotation | None:
         """Layers are few different ones: `rotation_for`'s own cache would hash each of them."""
@@ -273,14 +274,6 @@ def _named_profile(
     if [group.planes for group in profile.groups] != list(groups):
         raise DamagedObject("the object's segments are not its profile's groups", code=ErrorCode.STRUCTURE)
     return profile
-
-
-def _by_group(info: ObjectInfo) -> list[list[SegmentInfo]]:
-    """Segments of the same planes, one list a group, quality layers in order."""
-    groups: dict[tuple[object, int, int], list[SegmentInfo]] = {}
-    for segment in info.segments:
-        groups.setdefault(segment.planes, []).append(segment)
-    return list(groups.values())
 
 
 def _copy_raw(payload: memoryview, planes: Sequence[Plane]) -> None:

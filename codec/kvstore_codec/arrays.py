@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -40,8 +40,7 @@ class PagedKV:
     first_token: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class PagedPlane:
+class PagedPlane(NamedTuple):
     """A plane in pages: `pages` [blocks, page_tokens, heads, dim], `block_ids` int64 of those that hold it."""
 
     pages: Bits

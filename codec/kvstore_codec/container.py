@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property
+from typing import NamedTuple
 
 import xxhash
 
@@ -129,8 +130,7 @@ class ObjectHeader:
         return self.layer_bytes[min(quality.lossy_layers, len(self.layer_bytes)) - 1]
 
 
-@dataclass(frozen=True)
-class SegmentInfo:
+class SegmentInfo(NamedTuple):
     """One independently decodable run of bytes: planes `kv` of layers [layer_first, layer_first + layer_count)."""
 
     quality_layer: int
@@ -143,7 +143,7 @@ class SegmentInfo:
 
     @property
     def planes(self) -> tuple[KV, int, int]:
-        return self.kv, self.layer_first, self.layer_count
+        return self[1:4]
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,7 @@ class ObjectInfo:
         }
 
 
-@dataclass(frozen=True)
-class NewSegment:
+class NewSegment(NamedTuple):
     """A segment to be written."""
 
     quality_layer: int
@@ -290,20 +289,21 @@ def inspect(buffer: Buffer) -> ObjectInfo:
 def verify(buffer: Buffer) -> ObjectInfo:
     """`inspect`, and every held segment's checksum. Needs no layout. Raises DamagedObject, UnsupportedObject."""
     info = inspect(buffer)
-    for segment in info.segments:
-        segment_bytes(buffer, segment)
+    segment_bytes(buffer, info.segments)
     return info
 
 
-def segment_bytes(buffer: Buffer, segment: SegmentInfo) -> memoryview:
-    """A segment's payload, after comparing its checksum. Raises DamagedObject."""
-    payload = memoryview(buffer)[segment.offset : segment.offset + segment.length]
-    if xxhash.xxh3_64_intdigest(payload) != segment.checksum:
-        raise DamagedObject(
-            "segment checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH,
-            layer=segment.layer_first, quality_layer=segment.quality_layer,
-        )  # fmt: skip
-    return payload
+def segment_bytes(buffer: Buffer, segments: Sequence[SegmentInfo]) -> list[memoryview]:
+    """The segments' payloads, after comparing their checksums. Raises DamagedObject."""
+    view = memoryview(buffer)
+    payloads = [view[segment.offset : segment.offset + segment.length] for segment in segments]
+    for segment, payload in zip(segments, payloads, strict=True):
+        if xxhash.xxh3_64_intdigest(payload) != segment.checksum:
+            raise DamagedObject(
+                "segment checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH,
+                layer=segment.layer_first, quality_layer=segment.quality_layer,
+            )  # fmt: skip
+    return payloads
 
 
 def truncate(buffer: Buffer, quality: str | Quality) -> memoryview:
@@ -319,26 +319,27 @@ def truncate(buffer: Buffer, quality: str | Quality) -> memoryview:
 
 def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
     """Each quality layer covers every (layer, K|V) plane once, in one grouping, and ends where the header says."""
-    per_layer = len(segments) // len(header.layer_bytes)
-    groups = [(int(segment.kv), segment.layer_first, segment.layer_count) for segment in segments[:per_layer]]
+    levels = len(header.layer_bytes)
+    per_layer = len(segments) // levels
+    groups = [segment.planes for segment in segments[:per_layer]]
+    sides = [int(kv) for kv, _, _ in groups]  # as plain numbers: arithmetic on flags is slow
     # Counted before it is written out: groups may claim far more planes than there are.
-    ok = per_layer * len(header.layer_bytes) == len(segments) and 2 * header.layers == sum(
-        (2 if kv == KV.K | KV.V else 1) * count for kv, _, count in groups
+    ok = per_layer * levels == len(segments) and 2 * header.layers == sum(
+        side.bit_count() * count for side, (_, _, count) in zip(sides, groups, strict=True)
     )
     if ok:
         covered = [0] * header.layers
-        for kv, first, count in groups:
+        for side, (_, first, count) in zip(sides, groups, strict=True):
             for layer in range(first, first + count):
-                ok = ok and not covered[layer] & kv
-                covered[layer] |= kv
+                ok = ok and not covered[layer] & side
+                covered[layer] |= side
     if not ok:
         raise DamagedObject("segment table does not cover every plane once", code=ErrorCode.STRUCTURE)
-    for index, segment in enumerate(segments):
-        level, place = divmod(index, per_layer)
-        ok = ok and segment.quality_layer == level
-        ok = ok and (segment.kv, segment.layer_first, segment.layer_count) == groups[place]
-        if place == per_layer - 1:
-            ok = ok and segment.offset + segment.length == header.layer_bytes[level]
+    for level, end in enumerate(header.layer_bytes):
+        some = segments[level * per_layer : (level + 1) * per_layer]
+        ok = ok and all(segment.quality_layer == level for segment in some)
+        ok = ok and [segment.planes for segment in some] == groups
+        ok = ok and some[-1].offset + some[-1].length == end
     if not ok:
         raise DamagedObject("segment table does not add up", code=ErrorCode.STRUCTURE)
 

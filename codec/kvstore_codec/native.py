@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore_codec import _native, tables
-from kvstore_codec.arrays import PagedPlane, Plane
+from kvstore_codec.arrays import Plane
 from kvstore_codec.errors import DamagedObject, ErrorCode, ValuesError
 from kvstore_codec.reference.lossless import SYMBOL_COSTS
-from kvstore_codec.segments import CodedPlane, LossySegment, SegmentCoder
+from kvstore_codec.segments import LossySegment, SegmentCoder
 
 _DTYPES = {"bfloat16": 0, "float16": 1, "float32": 2, "float8_e4m3fn": 3, "float8_e5m2": 4}
 
@@ -47,8 +47,7 @@ class NativeCoder:
     def drain_tokens(
         self, groups: Sequence[Sequence[tuple[Plane, Plane]]], sinks: int, dtype: str, threads: int
     ) -> list[npt.NDArray[np.uint16]]:
-        arguments = [[(_plane(k), _plane(v)) for k, v in layers] for layers in groups]
-        return self._coder.drain_tokens(arguments, sinks, _DTYPES[dtype], threads)
+        return self._coder.drain_tokens(groups, sinks, _DTYPES[dtype], threads)
 
     def encode_lossy(
         self, segments: Sequence[LossySegment], sinks: int, dtype: str, levels: int, threads: int
@@ -68,19 +67,17 @@ class NativeCoder:
         threads: int,
     ) -> None:
         arguments = [_segment(segment) for segment in segments]
-        buffers = [[np.frombuffer(payload, np.uint8) for payload in layers] for layers in payloads]
+        buffers: Any = payloads  # any buffers will do, which the stub cannot say
         _check(self._coder.decode_lossy(arguments, buffers, sinks, _DTYPES[dtype], threads))
 
     def encode_lossless(self, segments: Sequence[Sequence[Plane]], dtype: str, threads: int) -> list[bytes]:
-        arguments = [[_plane(plane) for plane in planes] for planes in segments]
-        return self._coder.encode_lossless(arguments, _DTYPES[dtype], threads)
+        return self._coder.encode_lossless(segments, _DTYPES[dtype], threads)
 
     def decode_lossless(
         self, segments: Sequence[Sequence[Plane]], payloads: Sequence[memoryview], dtype: str, threads: int
     ) -> None:
-        arguments = [[_plane(plane) for plane in planes] for planes in segments]
-        buffers = [np.frombuffer(payload, np.uint8) for payload in payloads]
-        _check(self._coder.decode_lossless(arguments, buffers, _DTYPES[dtype], threads))
+        buffers: Any = payloads
+        _check(self._coder.decode_lossless(segments, buffers, _DTYPES[dtype], threads))
 
 
 #: The one that everybody uses: its tables take some milliseconds and a megabyte to make.
@@ -94,22 +91,14 @@ def _check(status: int) -> None:
 
 
 def _segment(segment: LossySegment) -> Any:
+    """As `_native.Coder` takes it: the tuple that it is, a profile's arrays in the place of the profile."""
     profile = segment.profile
-    planes = [_coded(plane) for plane in segment.planes]
     if profile is None:
-        return planes, segment.drains, None, 0
+        return segment
     basis = None if profile.basis is None else profile.basis.view(np.uint16)
-    arrays = (profile.mean, profile.weight, basis, profile.scale_ids)
-    return planes, segment.drains, arrays, segment.step_quarters
-
-
-def _coded(plane: CodedPlane) -> Any:
-    rotation = plane.rotation
-    tables = None if rotation is None else (rotation.cos, rotation.sin, rotation.interleaved)
-    return _plane(plane.bits), tables, plane.step_factor
-
-
-def _plane(plane: Plane) -> Any:
-    if isinstance(plane, PagedPlane):
-        return plane.pages, (plane.block_ids, plane.tokens, plane.first_token)
-    return plane, None
+    return (
+        segment.planes,
+        segment.drains,
+        (profile.mean, profile.weight, basis, profile.scale_ids),
+        segment.step_quarters,
+    )

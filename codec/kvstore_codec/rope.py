@@ -9,9 +9,9 @@ matter: what is un-rotated here is rotated back here.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,7 @@ import numpy.typing as npt
 from kvstore_codec.layout import LayerSpec, RoPE, RopeScaling
 
 
-@dataclass(frozen=True, eq=False)
-class Rotation:
+class Rotation(NamedTuple):
     """`cos`, `sin`: float32 `[tokens, pairs]`; pair i is dims (2i, 2i+1) if interleaved, else (i, i + pairs)."""
 
     cos: npt.NDArray[np.float32]

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,12 +25,12 @@ SEGMENT_ELEMENTS_MIN = 3 << 15
 SEGMENT_CHANNELS_MAX = 1 << 12
 
 
-#: for each kv, which of a layer's two planes
-_SIDES = {KV.K: (0,), KV.V: (1,), KV.K | KV.V: (0, 1)}
+_BOTH = KV.K | KV.V
+#: for each kv, of a layer's two planes the first, and the step to the next
+_SIDES = {KV.K: (0, 2), KV.V: (1, 2), _BOTH: (0, 1)}
 
 
-@dataclass(frozen=True)
-class SegmentGroup:
+class SegmentGroup(NamedTuple):
     """Planes `kv` of layers [layer_first, layer_first + layer_count)."""
 
     kv: KV
@@ -43,10 +42,10 @@ class SegmentGroup:
         return range(self.layer_first, self.layer_first + self.layer_count)
 
     @property
-    def plane_indices(self) -> list[int]:
+    def plane_indices(self) -> range:
         """Positions in the list K₀, V₀, K₁, V₁, …, in coding order."""
-        sides = _SIDES[self.kv]
-        return [2 * layer + side for layer in self.layers for side in sides]
+        first, step = _SIDES[self.kv]
+        return range(2 * self.layer_first + first, 2 * (self.layer_first + self.layer_count), step)
 
 
 def segment_groups(layout: KVLayout, tokens: int) -> list[SegmentGroup]:
@@ -72,11 +71,10 @@ def _groups(layout: KVLayout, tokens: int, first: int, layers: int, state: bool)
     wanted = max(1, channels * tokens // SEGMENT_ELEMENTS_MIN, -(-channels // SEGMENT_CHANNELS_MAX))
     count = min(layers, wanted)
     edges = [first + index * layers // count for index in range(count + 1)]
-    return [SegmentGroup(KV.K | KV.V, edge, end - edge) for edge, end in itertools.pairwise(edges)]
+    return [SegmentGroup(_BOTH, edge, end - edge) for edge, end in itertools.pairwise(edges)]
 
 
-@dataclass(frozen=True, eq=False)
-class CodedPlane:
+class CodedPlane(NamedTuple):
     """One plane as a coder sees it.
 
     `bits`: `[tokens, heads, dim]` unsigned view, read by encoders, written by decoders. `rotation`: un-rotate before
@@ -107,8 +105,7 @@ class GroupProfile(Protocol):
     def components(self) -> int: ...
 
 
-@dataclass(frozen=True, eq=False)
-class LossySegment:
+class LossySegment(NamedTuple):
     """One segment as a coder sees it.
 
     `drains`: ascending indices of its drain tokens (encoders only); None: the encoder finds them, in planes that are K

@@ -5,12 +5,14 @@
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
+#include <variant>
 
 #include "lossless.hpp"
 #include "lossy.hpp"
@@ -33,10 +35,10 @@ using I64Array = nb::ndarray<const i64, nb::ndim<1>, nb::c_contig, nb::device::c
 using DoubleArray = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Payload = nb::ndarray<const u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rotations = std::optional<std::tuple<FloatTable, FloatTable, bool>>;
-// (block ids, tokens, first token), for a plane in pages
-using Pages = std::optional<std::tuple<I64Array, std::size_t, std::size_t>>;
-// (bits [tokens, heads, dim], or pages [blocks, page tokens, heads, dim]; pages)
-using PlaneArgument = std::tuple<AnyArray, Pages>;
+// (pages [blocks, page tokens, heads, dim], block ids, tokens, first token)
+using PagedArgument = std::tuple<AnyArray, I64Array, std::size_t, std::size_t>;
+// bits [tokens, heads, dim], or the same in pages
+using PlaneArgument = std::variant<AnyArray, PagedArgument>;
 // (plane, rotation, step factor)
 using CodedArgument = std::tuple<PlaneArgument, Rotations, double>;
 // (mean, weight, basis, scale ids)
@@ -76,7 +78,8 @@ std::pair<std::string, nb::object> view_bits(nb::ndarray<nb::device::cpu> array)
 }
 
 PlaneView plane_view(const PlaneArgument& argument, Dtype dtype) {
-    const auto& [array, pages] = argument;
+    const PagedArgument* const pages = std::get_if<PagedArgument>(&argument);
+    const AnyArray& array = pages ? std::get<0>(*pages) : std::get<AnyArray>(argument);
     const std::size_t axes = pages ? 4 : 3;
     if (array.ndim() != axes || array.itemsize() != element_bytes(dtype))
         throw nb::value_error("a plane must be [tokens, heads, dim], or [blocks, page tokens, heads, dim], in the dtype given");
@@ -92,7 +95,7 @@ PlaneView plane_view(const PlaneArgument& argument, Dtype dtype) {
     plane.dim_stride = stride(axes - 1);
     plane.tokens = array.shape(0);
     if (pages) {
-        const auto& [block_ids, tokens, first_token] = *pages;
+        const auto& [_, block_ids, tokens, first_token] = *pages;
         plane.tokens = tokens;
         plane.first_token = first_token;
         plane.pages = block_ids.data();
@@ -230,7 +233,7 @@ class Coder {
         std::vector<std::vector<u16>> found(groups.size());
         {
             nb::gil_scoped_release release;
-            parallel_for(groups.size(), threads, [&](std::size_t g) { found[g] = lossy_.drain_tokens(layers[g], sinks, type); });
+            parallel_for<Workspace>(groups.size(), threads, [&](std::size_t g, Workspace&) { found[g] = lossy_.drain_tokens(layers[g], sinks, type); });
         }
         std::vector<nb::ndarray<nb::numpy, u16, nb::ndim<1>>> out;
         for (std::vector<u16>& tokens : found) {
@@ -251,8 +254,8 @@ class Coder {
         std::vector<Status> statuses(segments.size(), Status::ok);
         {
             nb::gil_scoped_release release;
-            parallel_for(segments.size(), threads, [&](std::size_t s) {
-                statuses[s] = lossy_.encode(segments[s].segment, sinks, type, levels, payloads[s]);
+            parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+                statuses[s] = lossy_.encode(segments[s].segment, sinks, type, levels, workspace, payloads[s]);
             });
         }
         const Status status = worst_of(statuses);
@@ -276,8 +279,9 @@ class Coder {
         }
         std::vector<Status> statuses(segments.size(), Status::ok);
         nb::gil_scoped_release release;
-        parallel_for(segments.size(), threads,
-                     [&](std::size_t s) { statuses[s] = lossy_.decode(segments[s].segment, views[s], sinks, type); });
+        parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+            statuses[s] = lossy_.decode(segments[s].segment, views[s], sinks, type, workspace);
+        });
         return static_cast<int>(worst_of(statuses));
     }
 
@@ -289,7 +293,9 @@ class Coder {
         std::vector<Bytes> payloads(segments.size());
         {
             nb::gil_scoped_release release;
-            parallel_for(segments.size(), threads, [&](std::size_t s) { payloads[s] = lossless_.encode(segments[s], type); });
+            parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+                payloads[s] = lossless_.encode(segments[s], type, workspace);
+            });
         }
         std::vector<nb::bytes> out;
         for (const Bytes& payload : payloads) out.push_back(to_bytes(payload));
@@ -304,8 +310,8 @@ class Coder {
         for (const auto& planes : arguments) segments.push_back(plane_views(planes, type));
         std::vector<Status> statuses(segments.size(), Status::ok);
         nb::gil_scoped_release release;
-        parallel_for(segments.size(), threads, [&](std::size_t s) {
-            statuses[s] = lossless_.decode({payloads[s].data(), payloads[s].size()}, segments[s], type);
+        parallel_for<Workspace>(segments.size(), threads, [&](std::size_t s, Workspace& workspace) {
+            statuses[s] = lossless_.decode({payloads[s].data(), payloads[s].size()}, segments[s], type, workspace);
         });
         return static_cast<int>(worst_of(statuses));
     }
@@ -321,7 +327,9 @@ class Coder {
             digits.shape(1) != 3 || shrinkage.shape(0) != LossyTables::kScales || shrinkage.shape(1) != LossyTables::kShrinkage ||
             thresholds.size() != 63 || variances.size() != 64)
             throw nb::value_error("lossy tables have the wrong shapes");
-        return {slot_table(values, true), slot_table(digits, false),
+        SlotTable slots = slot_table(values, true);
+        NearSymbols near(slots, LossyTables::kValueMax, true);
+        return {std::move(slots), slot_table(digits, false), std::move(near),
                 {shrinkage.data(), shrinkage.data() + shrinkage.size()},
                 {thresholds.data(), thresholds.data() + thresholds.size()},
                 {variances.data(), variances.data() + variances.size()}};
@@ -330,7 +338,9 @@ class Coder {
         if (exponents.shape(0) != LosslessTables::kTables || exponents.shape(1) != LosslessTables::kSymbols ||
             costs.size() != exponents.size())
             throw nb::value_error("lossless tables have the wrong shapes");
-        return {slot_table(exponents, true), {costs.data(), costs.data() + costs.size()}};
+        SlotTable slots = slot_table(exponents, true);
+        NearSymbols near(slots, 0, false);
+        return {std::move(slots), std::move(near), {costs.data(), costs.data() + costs.size()}};
     }
 
     LossyCodec lossy_;

@@ -1,5 +1,7 @@
 #include "blocks.hpp"
 
+#include <utility>
+
 namespace kvstore {
 namespace {
 
@@ -35,21 +37,23 @@ DigitLanes digit_lanes(const LossyTables& tables, const Block& block, std::span<
 }
 
 void add_blocks(std::vector<Block>& blocks, std::span<const i32> scales, int level) {
-    std::array<std::vector<u32>, T::kScales> by_row;
+    // A counting sort by row.
+    std::array<std::size_t, T::kScales> next{};
+    const auto enters = [&](i32 scale) {
+        return scale + shift(level) >= T::kScaleCodedMin && (level == 0 || scale + shift(level - 1) < T::kScaleCodedMin);
+    };
+    for (const i32 scale : scales)
+        if (enters(scale)) ++next[row_at(scale, level)];
+    std::size_t entering = 0;
+    for (std::size_t& count : next) count = std::exchange(entering, entering + count);
+    const std::size_t before = blocks.size();
+    blocks.resize(before + (entering + kLanes - 1) / kLanes, Block{{}, kLanes, level});
+    if (entering % kLanes != 0) blocks.back().lanes = static_cast<int>(entering % kLanes);
     for (std::size_t c = 0; c < scales.size(); ++c) {
-        const bool coded = scales[c] + shift(level) >= T::kScaleCodedMin;
-        const bool before = level > 0 && scales[c] + shift(level - 1) >= T::kScaleCodedMin;
-        if (coded && !before) by_row[row_at(scales[c], level)].push_back(static_cast<u32>(c));
+        if (!enters(scales[c])) continue;
+        const std::size_t place = next[row_at(scales[c], level)]++;
+        blocks[before + place / kLanes].components[place % kLanes] = static_cast<u32>(c);
     }
-    Block block{{}, 0, level};
-    for (const auto& list : by_row)
-        for (const u32 component : list) {
-            block.components[static_cast<std::size_t>(block.lanes)] = component;
-            if (++block.lanes < kLanes) continue;
-            blocks.push_back(block);
-            block.lanes = 0;
-        }
-    if (block.lanes > 0) blocks.push_back(block);
 }
 
 }  // namespace
@@ -64,9 +68,11 @@ ClassPlan plan_class(const LossyTables& tables, std::span<const i32> scales, int
     ClassPlan plan;
     for (int level = 0; level < levels; ++level) {
         const auto q = static_cast<std::size_t>(level);
+        plan.digits[q].reserve(plan.blocks.size());
         for (const Block& block : plan.blocks) plan.digits[q].push_back(digit_lanes(tables, block, scales, level));
         const std::size_t entered = plan.blocks.size();
         add_blocks(plan.blocks, scales, level);
+        plan.values.reserve(plan.blocks.size());
         for (std::size_t b = entered; b < plan.blocks.size(); ++b)
             plan.values.push_back(value_lanes(tables, plan.blocks[b], scales));
         plan.counts[q] = plan.blocks.size();

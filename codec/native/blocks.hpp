@@ -16,11 +16,12 @@ struct LossyTables {
     static constexpr std::array<int, kLevels> kLevelShift{0, 6, 13};
 
     SlotTable values, digits;
+    NearSymbols near;  // values
     std::vector<float> shrinkage;    // [48, 4]
     std::vector<double> thresholds;  // (σ/step)² from which a scale id is one more
     std::vector<double> variances;   // (σ/step)² that a scale id stands for
 
-    Alphabet alphabet() const { return {&values, kEscape, false}; }
+    Alphabet alphabet() const { return {&values, &near, kValueMax, kEscape, false}; }
     const float* shrinkage_of(int scale) const {
         return shrinkage.data() + kShrinkage * std::clamp(scale, 0, kScales - 1);
     }

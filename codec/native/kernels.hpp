@@ -1,8 +1,8 @@
 // The inner loops, one table of functions per instruction set; all of them compute the same bits.
 //
 // READ ME FIRST
-//  * Scalar code defines each function; vector code may take the first steps of a stream and leave the rest to it,
-//    since it reads 128 bytes ahead: bounds are checked once a step there, word by word in the scalar code.
+//  * Scalar code defines each function. Vector code reads up to 128 bytes ahead, at a stream's end from a copy with zeros
+//    after it; it checks bounds once a step, and whether it went beyond them at the end of a window.
 //  * A tile is 32 tokens × 32 lanes of i16, 64-byte aligned. Lanes that a block does not have hold anything.
 //  * Values are 16-bit two's complement and wrap: only hostile bytes make them.
 //  * Float loops are the same source compiled for each instruction set (row_loops.inl). No fused multiply-add, no
@@ -12,7 +12,7 @@
 #pragma once
 
 #include "float_bits.hpp"
-#include "rans.hpp"
+#include "near_symbols.hpp"
 
 // Before a loop whose outputs overlap none of its inputs, which pointers inside a GridView cannot say.
 #if defined(__clang__)
@@ -28,6 +28,8 @@ namespace kvstore {
 // What a value's symbol means: value = add + symbol, or add − symbol where `falling`; `escape` stands for a raw word.
 struct Alphabet {
     const SlotTable* table = nullptr;
+    const NearSymbols* near = nullptr;
+    int centre = 0;
     int escape = 0;
     bool falling = false;
 };
@@ -46,9 +48,12 @@ struct alignas(64) DigitLanes {
     int count = 0;
 };
 
+// `near`: the lanes' NearRows, transposed, where `reach` (of the lane that needs most) is not 0.
 struct ValueJob {
     StreamDecoder* stream;
     const ValueLanes* lanes;
+    const i16* near;
+    int reach;
     i16* tile;
 };
 struct DigitJob {
@@ -93,6 +98,7 @@ inline constexpr float kValueLimit = 32760;  // on the finest grid: 16 bits, and
 
 struct Kernels {
     const char* name;
+    bool compares;  // whether `decode_values` makes use of near symbols
 
     // `steps` tokens of one block, or of two blocks of different streams in lockstep.
     Status (*decode_values)(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps);
@@ -109,8 +115,8 @@ struct Kernels {
     void (*bfloat16_to_float)(const u8* row, std::size_t count, float* out);
     void (*float_to_bfloat16)(const float* values, std::size_t count, u8* row);
     void (*dequantise)(const i16* values, std::size_t count, const GridView& grid, float* out);
-    // round((x − mean) · inverse), clamped to ±limit < 2^15; ties to even.
-    void (*quantise)(const float* values, std::size_t count, const float* mean, const float* inverse, float limit, i16* out);
+    // round((x − mean) · inverse), clamped to ±kValueLimit; ties to even.
+    void (*quantise)(const float* values, std::size_t count, const float* mean, const float* inverse, i16* out);
     // One head's pairs (first[i], second[i]), by `direction` 1 or −1.
     void (*rotate)(float* first, float* second, const float* cos, const float* sin, std::size_t pairs, float direction);
     // sum += x, square += x², peak = max(peak, |x|), in double.
@@ -134,11 +140,5 @@ const Kernels* kernels_for(Isa isa);
 const Kernels* scalar_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
-
-namespace scalar {
-// Steps [first, steps), for vector code to finish with.
-Status decode_values_from(const Alphabet& alphabet, const ValueJob& job, int first, int steps);
-Status decode_digits_from(const DigitJob& job, int first, int steps);
-}  // namespace scalar
 
 }  // namespace kvstore

@@ -4,7 +4,7 @@
 //    leaves them and packing takes them: of each 16 lanes, one has 0–3 and 8–11, the other 4–7 and 12–15.
 //  * Lanes that a block does not have are computed with the others, but take and give no words, and the state of the
 //    stream keeps theirs. What they hold is in range for a table and meaningless.
-//  * Reads past a step: at most 128 bytes of the stream, which the loops check for before each step; 32 words of room
+//  * Reads past a step: at most 128 bytes of the stream, or of the copy of its tail (rans.hpp); 32 words of room
 //    in an encoder, which reserve_step makes.
 #include "kernels.hpp"
 
@@ -20,7 +20,6 @@ namespace {
 #include "row_loops.inl"
 
 constexpr int kHalf = 16;
-constexpr std::ptrdiff_t kStepBytesMax = 4 * kLanes;  // a refill and a raw word for each lane
 
 struct Words {
     __m256i half[2];
@@ -135,17 +134,25 @@ struct Flow {
     const u8* last;  // a step may start before here
 
     KVSTORE_TARGET Flow(StreamDecoder& stream, int lanes)
-        : state(load_quad(stream.states().data())), at(stream.position()),
-          last(stream.end() - std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(stream.bytes_left()), kStepBytesMax)) {
+        : state(load_quad(stream.states().data())), at(stream.position()), last(stream.limit()) {
         std::array<i32, kLanes> never;
         for (int lane = 0; lane < kLanes; ++lane) never[static_cast<std::size_t>(lane)] = lane < lanes ? 0 : -1;
         empty = load_quad(never.data());
     }
-    KVSTORE_TARGET void store(StreamDecoder& stream, int lanes) const {
+    // False where the stream was too short.
+    KVSTORE_TARGET bool store(StreamDecoder& stream, int lanes) const {
         std::array<u32, kLanes> states;
         store_quad(states, state);
         std::copy_n(states.begin(), lanes, stream.states().begin());
-        stream.move_to(at);
+        return stream.move_to(at);
+    }
+    KVSTORE_TARGET bool has_room(StreamDecoder& stream) {
+        if (__builtin_expect(at < last, 1)) return true;
+        const u8* const copy = stream.enter_tail(at);
+        if (copy == nullptr) return false;
+        at = copy;
+        last = stream.limit();
+        return true;
     }
     // Lanes below 2^16 take the next words, in lane order.
     KVSTORE_TARGET inline void refill() {
@@ -198,6 +205,26 @@ KVSTORE_TARGET inline __m256i gather(const u32* from, __m256i index) {
                                    gather4(from, _mm256_extracti128_si256(index, 1)), 1);
 }
 
+// Runs `loop` on the streams of a job or two, held in registers.
+template <class Job, class Loop>
+KVSTORE_TARGET inline Status decode_with(std::span<const Job> jobs, int steps, const Loop& loop) {
+    const auto flow_of = [](const Job& job) KVSTORE_TARGET { return Flow(*job.stream, job.lanes->count); };
+    const auto stored = [steps](const Flow& flow, const Job& job, int done) KVSTORE_TARGET {
+        return flow.store(*job.stream, job.lanes->count) && done == steps;
+    };
+    bool whole;
+    if (jobs.size() == 2) {
+        Flow flow[2]{flow_of(jobs[0]), flow_of(jobs[1])};
+        const int done = loop(std::integral_constant<int, 2>(), flow);
+        whole = stored(flow[0], jobs[0], done);
+        whole = stored(flow[1], jobs[1], done) && whole;
+    } else {
+        Flow flow = flow_of(jobs[0]);
+        whole = stored(flow, jobs[0], loop(std::integral_constant<int, 1>(), &flow));
+    }
+    return whole ? Status::ok : Status::stream_ends_early;
+}
+
 template <int N, bool Falling>
 KVSTORE_TARGET inline int value_steps(const u32* slots, int escape, Flow* flow, const ValueJob* jobs, int steps) {
     const __m256i low12 = _mm256_set1_epi32(static_cast<int>(kSlots - 1));
@@ -212,8 +239,8 @@ KVSTORE_TARGET inline int value_steps(const u32* slots, int escape, Flow* flow, 
     }
     int step = 0;
     for (; step < steps; ++step) {
-        bool room = flow[0].at < flow[0].last;
-        if constexpr (N == 2) room = room && flow[1].at < flow[1].last;
+        bool room = flow[0].has_room(*jobs[0].stream);
+        if constexpr (N == 2) room = room && flow[1].has_room(*jobs[1].stream);
         if (!room) break;
         for (int n = 0; n < N; ++n) {
             Quad entry, symbol;
@@ -244,23 +271,9 @@ KVSTORE_TARGET inline int value_steps(const u32* slots, int escape, Flow* flow, 
 
 template <bool Falling>
 KVSTORE_TARGET Status decode_values_as(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
-    const u32* const slots = alphabet.table->slots.data();
-    int done = 0;
-    if (jobs.size() == 2) {
-        Flow flow[2]{{*jobs[0].stream, jobs[0].lanes->count}, {*jobs[1].stream, jobs[1].lanes->count}};
-        done = value_steps<2, Falling>(slots, alphabet.escape, flow, jobs.data(), steps);
-        for (std::size_t n = 0; n < 2; ++n) flow[n].store(*jobs[n].stream, jobs[n].lanes->count);
-        if (done == steps) return Status::ok;
-    }
-    for (const ValueJob& job : jobs) {
-        const ValueJob rest{job.stream, job.lanes, job.tile + done * kLanes};
-        Flow flow(*job.stream, job.lanes->count);
-        const int more = value_steps<1, Falling>(slots, alphabet.escape, &flow, &rest, steps - done);
-        flow.store(*job.stream, job.lanes->count);
-        if (const Status status = scalar::decode_values_from(alphabet, job, done + more, steps); status != Status::ok)
-            return status;
-    }
-    return Status::ok;
+    return decode_with(jobs, steps, [&](auto count, Flow* flow) KVSTORE_TARGET {
+        return value_steps<count(), Falling>(alphabet.table->slots.data(), alphabet.escape, flow, jobs.data(), steps);
+    });
 }
 
 KVSTORE_TARGET Status decode_values(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
@@ -313,8 +326,8 @@ KVSTORE_TARGET inline int digit_steps(Flow* flow, const DigitJob* jobs, int step
     const DigitStarts starts[2]{DigitStarts(*jobs[0].lanes), DigitStarts(*jobs[N - 1].lanes)};
     int step = 0;
     for (; step < steps; ++step) {
-        bool room = flow[0].at < flow[0].last;
-        if constexpr (N == 2) room = room && flow[1].at < flow[1].last;
+        bool room = flow[0].has_room(*jobs[0].stream);
+        if constexpr (N == 2) room = room && flow[1].has_room(*jobs[1].stream);
         if (!room) break;
         for (int n = 0; n < N; ++n) {
             i16* const row = jobs[n].tile + step * kLanes;
@@ -345,21 +358,8 @@ KVSTORE_TARGET inline int digit_steps(Flow* flow, const DigitJob* jobs, int step
 }
 
 KVSTORE_TARGET Status decode_digits(std::span<const DigitJob> jobs, int steps) {
-    int done = 0;
-    if (jobs.size() == 2) {
-        Flow flow[2]{{*jobs[0].stream, jobs[0].lanes->count}, {*jobs[1].stream, jobs[1].lanes->count}};
-        done = digit_steps<2>(flow, jobs.data(), steps);
-        for (std::size_t n = 0; n < 2; ++n) flow[n].store(*jobs[n].stream, jobs[n].lanes->count);
-        if (done == steps) return Status::ok;
-    }
-    for (const DigitJob& job : jobs) {
-        const DigitJob rest{job.stream, job.lanes, job.tile + done * kLanes};
-        Flow flow(*job.stream, job.lanes->count);
-        const int more = digit_steps<1>(&flow, &rest, steps - done);
-        flow.store(*job.stream, job.lanes->count);
-        if (const Status status = scalar::decode_digits_from(job, done + more, steps); status != Status::ok) return status;
-    }
-    return Status::ok;
+    return decode_with(jobs, steps,
+                       [&](auto count, Flow* flow) KVSTORE_TARGET { return digit_steps<count()>(flow, jobs.data(), steps); });
 }
 
 // What an encoding loop keeps of its stream in registers.
@@ -538,7 +538,7 @@ KVSTORE_TARGET void transpose(const i16* const* in, i16* const* out) {
 
 const Kernels* avx2_kernels() {
     using namespace avx2;
-    static constexpr Kernels table{"avx2", decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
+    static constexpr Kernels table{"avx2", false, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
                                    restore_bfloat16, restore_rotated_bfloat16};

@@ -1,7 +1,7 @@
-// AVX-512 (F, BW, DQ, VL). READ ME FIRST: kernels.hpp.
+// AVX-512 (F, BW, DQ, VL, VBMI2: Ice Lake and Zen 4 on). READ ME FIRST: kernels.hpp.
 //
 //  * Only integers are reordered; a quotient that floats estimate is made exact before it is used.
-//  * Reads past a step: at most 128 bytes of the stream, which the loops check for before each step; 32 words of room
+//  * Reads past a step: at most 128 bytes of the stream, or of the copy of its tail (rans.hpp); 32 words of room
 //    in an encoder, which reserve_step makes.
 #include "kernels.hpp"
 
@@ -14,14 +14,13 @@ namespace avx512 {
 namespace {
 
 #if defined(__clang__)  // which ignores the whole attribute if it names a vector width
-#define KVSTORE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt")))
+#define KVSTORE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,popcnt")))
 #else
-#define KVSTORE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,popcnt,prefer-vector-width=512")))
+#define KVSTORE_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi2,avx2,popcnt,prefer-vector-width=512")))
 #endif
 #include "row_loops.inl"
 
 constexpr int kHalf = 16;
-constexpr std::ptrdiff_t kStepBytesMax = 4 * kLanes;  // a refill and a raw word for each lane
 
 struct Pair {
     __m512i half[2];
@@ -49,99 +48,177 @@ KVSTORE_TARGET inline Pair widen(__m512i words) {
 
 KVSTORE_TARGET inline u32 first_lanes(int count) { return count == kLanes ? ~0u : (1u << count) - 1; }
 
-// Lanes of `active` below 2^16 take the next words, in lane order.
-KVSTORE_TARGET inline __m512i refill(__m512i state, __mmask16 active, const u8*& at) {
-    const __mmask16 low = _mm512_mask_cmplt_epu32_mask(active, state, _mm512_set1_epi32(static_cast<int>(kStateMin)));
-    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-    at += 2 * _mm_popcnt_u32(low);
-    return _mm512_mask_or_epi32(state, low, _mm512_slli_epi32(state, 16), _mm512_maskz_expand_epi32(low, words));
-}
-
-// What a decoding loop keeps of one stream in registers.
+// What a decoding loop keeps of one stream in registers: the states' upper and lower 16 bits.
 struct Flow {
-    Pair state;
+    __m512i high, low;
+    __m512i low12;  // a mask: kept, since GCC would make it anew for each step
     const u8* at;
     const u8* last;  // a step may start before here
-    __mmask16 active[2];
+    __mmask32 active;
 
     KVSTORE_TARGET Flow(StreamDecoder& stream, int lanes)
-        : state(load_pair(stream.states().data())), at(stream.position()),
-          last(stream.end() - std::min<std::ptrdiff_t>(static_cast<std::ptrdiff_t>(stream.bytes_left()), kStepBytesMax)),
-          active{static_cast<__mmask16>(first_lanes(lanes)), static_cast<__mmask16>(first_lanes(lanes) >> kHalf)} {}
-    KVSTORE_TARGET void store(StreamDecoder& stream) const {
-        for (int h = 0; h < 2; ++h) _mm512_storeu_si512(stream.states().data() + kHalf * h, state.half[h]);
-        stream.move_to(at);
+        : low12(words_of(static_cast<i16>(kSlots - 1))), at(stream.position()), last(stream.limit()), active(first_lanes(lanes)) {
+        const Pair states = load_pair(stream.states().data());
+        high = halves(states, true);
+        low = halves(states, false);
+        __asm__("" : "+v"(low12));
+    }
+    // False where the stream was too short.
+    KVSTORE_TARGET bool store(StreamDecoder& stream) const {
+        const Pair upper = widen(high), lower = widen(low);
+        for (int h = 0; h < 2; ++h)
+            _mm512_storeu_si512(stream.states().data() + kHalf * h,
+                                _mm512_or_si512(_mm512_slli_epi32(upper.half[h], 16), lower.half[h]));
+        return stream.move_to(at);
+    }
+    KVSTORE_TARGET bool has_room(StreamDecoder& stream) {
+        if (__builtin_expect(at < last, 1)) return true;
+        const u8* const copy = stream.enter_tail(at);
+        if (copy == nullptr) return false;
+        at = copy;
+        last = stream.limit();
+        return true;
+    }
+    KVSTORE_TARGET __m512i slot() const { return _mm512_and_si512(low, low12); }
+    // A symbol's span of slots takes the states on, x to frequency · ⌊x / 2^12⌋ + bias; those then below 2^16 take the
+    // next words, in lane order.
+    KVSTORE_TARGET __attribute__((always_inline)) inline void advance(__m512i frequency, __m512i bias) {
+        const __m512i kept = _mm512_shldi_epi16(high, low, 16 - kSlotBits), kept_high = _mm512_srli_epi16(high, kSlotBits);
+        const __m512i above = _mm512_add_epi16(_mm512_mulhi_epu16(frequency, kept), _mm512_mullo_epi16(frequency, kept_high));
+        low = _mm512_mask_add_epi16(low, active, _mm512_mullo_epi16(frequency, kept), bias);
+        const __mmask32 carry = _mm512_mask_cmplt_epu16_mask(active, low, bias);
+        high = _mm512_mask_mov_epi16(high, active, above);
+        high = _mm512_mask_sub_epi16(high, carry, high, _mm512_set1_epi16(-1));
+        const __mmask32 taking = _mm512_mask_testn_epi16_mask(active, high, high);
+        __m512i words = _mm512_loadu_si512(at);
+        __asm__("" : "+v"(words));  // expanding from memory is microcode on Zen 4
+        high = _mm512_mask_mov_epi16(high, taking, low);
+        low = _mm512_mask_expand_epi16(low, taking, words);
+        at += 2 * _mm_popcnt_u32(taking);
     }
 };
 
-// Raw words replace the values of escaped lanes, in lane order: rare.
-__attribute__((noinline)) void take_raw(u32 escaped, i16* row, const u8*& at) {
+// Raw words replace the values of escaped lanes, in lane order: rare. Returns where they end; taking a reference to where
+// they begin would keep the caller's Flow out of registers.
+__attribute__((noinline)) const u8* take_raw(u32 escaped, i16* row, const u8* at) {
     for (; escaped != 0; escaped &= escaped - 1, at += 2) row[std::countr_zero(escaped)] = load<i16>(at);
+    return at;
 }
 
-template <int N, bool Falling>
-KVSTORE_TARGET inline int value_steps(const u32* slots, int escape, Flow* flow, const ValueJob* jobs, int steps) {
-    const __m512i low12 = _mm512_set1_epi32(static_cast<int>(kSlots - 1)), one = _mm512_set1_epi32(1);
-    const __m512i escapes = words_of(static_cast<i16>(escape));
-    Pair offset[N];
-    __m512i add[N];
-    u32 lanes[N];
-    for (int n = 0; n < N; ++n) {
-        offset[n] = load_pair(jobs[n].lanes->slots.data());
-        add[n] = _mm512_loadu_si512(jobs[n].lanes->add.data());
-        lanes[n] = first_lanes(jobs[n].lanes->count);
+// What a step decodes in each lane: its value, and the span of slots that says it, as frequency and as place in it.
+struct Decoded {
+    __m512i value, frequency, bias;
+};
+
+template <bool Falling>
+KVSTORE_TARGET inline Decoded looked_up(const u32* slots, const ValueLanes& lanes, const Flow& flow) {
+    const Pair offset = load_pair(lanes.slots.data()), slot = widen(flow.slot());
+    Pair entry;
+    for (int h = 0; h < 2; ++h)
+        entry.half[h] = _mm512_i32gather_epi32(_mm512_add_epi32(offset.half[h], slot.half[h]), slots, 4);
+    const __m512i upper = halves(entry, true), lower = halves(entry, false);
+    const __m512i symbol = _mm512_srli_epi16(upper, 8), add = _mm512_loadu_si512(lanes.add.data());
+    const __m512i less = _mm512_and_si512(_mm512_shldi_epi16(upper, lower, 16 - kSlotBits), flow.low12);  // frequency − 1
+    return {Falling ? _mm512_sub_epi16(add, symbol) : _mm512_add_epi16(add, symbol), _mm512_add_epi16(less, words_of(1)),
+            _mm512_and_si512(lower, flow.low12)};
+}
+
+// The same by near_symbols.hpp; `beyond`: lanes of which it does not hold.
+template <bool Falling>
+KVSTORE_TARGET inline Decoded compared(const ValueJob& job, __m512i centre, const Flow& flow, __mmask32& beyond) {
+    const auto row = [near = job.near](std::size_t index) KVSTORE_TARGET { return _mm512_load_si512(near + index * kLanes); };
+    constexpr std::size_t kStart = NearRow::kEdges, kCodes = kStart + 1, kWidth = kCodes + NearRow::kEdges;
+    const __m512i t = _mm512_sub_epi16(flow.slot(), row(kStart));
+    const __mmask32 before = _mm512_movepi16_mask(t);
+    const __m512i distance = _mm512_mask_sub_epi16(_mm512_sub_epi16(t, row(kWidth)), before, _mm512_set1_epi16(-1), t);
+    __m512i bias = t, code = row(kCodes), edge = row(0);
+    const auto look = [&](std::size_t k) KVSTORE_TARGET __attribute__((always_inline)) {
+        const __mmask32 further = _mm512_cmpge_epi16_mask(distance, edge);
+        bias = _mm512_mask_sub_epi16(bias, further, distance, edge);
+        code = _mm512_mask_mov_epi16(code, further, row(kCodes + k));
+        edge = row(k);
+    };
+    for (std::size_t k = 1; k <= static_cast<std::size_t>(job.reach); k += 2) {
+        look(k);
+        look(k + 1);
     }
-    int step = 0;
-    for (; step < steps; ++step) {
-        bool room = flow[0].at < flow[0].last;
-        if constexpr (N == 2) room = room && flow[1].at < flow[1].last;
-        if (!room) break;
-        for (int n = 0; n < N; ++n) {
-            Pair entry;
-            for (int h = 0; h < 2; ++h) {
-                const __m512i slot = _mm512_and_si512(flow[n].state.half[h], low12);
-                entry.half[h] = _mm512_i32gather_epi32(_mm512_add_epi32(offset[n].half[h], slot), slots, 4);
+    beyond = _mm512_mask_cmpge_epi16_mask(flow.active, distance, edge);
+    const __m512i less = _mm512_and_si512(code, flow.low12);  // frequency − 1
+    const __m512i magnitude = _mm512_srli_epi16(code, kSlotBits);
+    const __m512i aside = _mm512_mask_sub_epi16(magnitude, before, _mm512_setzero_si512(), magnitude);
+    return {Falling ? _mm512_sub_epi16(centre, aside) : _mm512_add_epi16(centre, aside),
+            _mm512_sub_epi16(less, _mm512_set1_epi16(-1)), _mm512_mask_sub_epi16(bias, before, less, bias)};
+}
+
+// What decoding a block's values keeps in registers beside its Flow.
+template <bool Falling, bool Near>
+struct ValueLoop {
+    const ValueJob& job;
+    const u32* slots;
+    __m512i centre, escaped;  // values
+    Flow flow;
+
+    KVSTORE_TARGET ValueLoop(const Alphabet& alphabet, const ValueJob& of)
+        : job(of), slots(alphabet.table->slots.data()), flow(*of.stream, of.lanes->count) {
+        const __m512i add = _mm512_loadu_si512(job.lanes->add.data());
+        const __m512i middle = words_of(static_cast<i16>(alphabet.centre)), last = words_of(static_cast<i16>(alphabet.escape));
+        centre = Falling ? _mm512_sub_epi16(add, middle) : _mm512_add_epi16(add, middle);
+        escaped = Falling ? _mm512_sub_epi16(add, last) : _mm512_add_epi16(add, last);
+    }
+    KVSTORE_TARGET bool has_room() { return flow.has_room(*job.stream); }
+    KVSTORE_TARGET bool finish() const { return flow.store(*job.stream); }
+    KVSTORE_TARGET __attribute__((always_inline)) inline void step(int at) {
+        i16* const row = job.tile + at * kLanes;
+        if constexpr (Near) {
+            __mmask32 beyond = 0;
+            const Decoded decoded = compared<Falling>(job, centre, flow, beyond);
+            if (__builtin_expect(beyond == 0, 1)) {
+                flow.advance(decoded.frequency, decoded.bias);
+                _mm512_storeu_si512(row, decoded.value);
+                return;
             }
-            for (int h = 0; h < 2; ++h) {
-                const __m512i x = flow[n].state.half[h];
-                const __m512i frequency =
-                    _mm512_add_epi32(_mm512_and_si512(_mm512_srli_epi32(entry.half[h], kSlotBits), low12), one);
-                flow[n].state.half[h] = _mm512_mask_add_epi32(
-                    x, flow[n].active[h], _mm512_mullo_epi32(frequency, _mm512_srli_epi32(x, kSlotBits)),
-                    _mm512_and_si512(entry.half[h], low12));
-            }
-            for (int h = 0; h < 2; ++h)
-                flow[n].state.half[h] = refill(flow[n].state.half[h], flow[n].active[h], flow[n].at);
-            const __m512i symbol = _mm512_srli_epi16(halves(entry, true), 8);
-            const __m512i value = Falling ? _mm512_sub_epi16(add[n], symbol) : _mm512_add_epi16(add[n], symbol);
-            i16* const row = jobs[n].tile + step * kLanes;
-            _mm512_storeu_si512(row, value);
-            const u32 escaped = _mm512_cmpeq_epi16_mask(symbol, escapes) & lanes[n];
-            if (__builtin_expect(escaped != 0, 0)) take_raw(escaped, row, flow[n].at);
         }
+        const Decoded decoded = looked_up<Falling>(slots, *job.lanes, flow);
+        flow.advance(decoded.frequency, decoded.bias);
+        _mm512_storeu_si512(row, decoded.value);
+        const u32 raw = _mm512_mask_cmpeq_epi16_mask(flow.active, decoded.value, escaped);
+        if (__builtin_expect(raw != 0, 0)) flow.at = take_raw(raw, row, flow.at);
     }
-    return step;
+};
+
+constexpr Status status_of(bool whole) { return whole ? Status::ok : Status::stream_ends_early; }
+
+template <bool Falling, bool Near>
+KVSTORE_TARGET Status value_steps(const Alphabet& alphabet, const ValueJob& job, int steps) {
+    ValueLoop<Falling, Near> loop(alphabet, job);
+    int step = 0;
+    for (; step < steps && loop.has_room(); ++step) loop.step(step);
+    return status_of(loop.finish() && step == steps);
+}
+
+template <bool Falling, bool Near0, bool Near1>
+KVSTORE_TARGET Status value_steps(const Alphabet& alphabet, const ValueJob& job0, const ValueJob& job1, int steps) {
+    ValueLoop<Falling, Near0> loop0(alphabet, job0);
+    ValueLoop<Falling, Near1> loop1(alphabet, job1);
+    int step = 0;
+    for (; step < steps && loop0.has_room() && loop1.has_room(); ++step) {
+        loop0.step(step);
+        loop1.step(step);
+    }
+    const bool whole[2]{loop0.finish(), loop1.finish()};
+    return status_of(whole[0] && whole[1] && step == steps);
 }
 
 template <bool Falling>
 KVSTORE_TARGET Status decode_values_as(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
-    const u32* const slots = alphabet.table->slots.data();
-    int done = 0;
-    if (jobs.size() == 2) {
-        Flow flow[2]{{*jobs[0].stream, jobs[0].lanes->count}, {*jobs[1].stream, jobs[1].lanes->count}};
-        done = value_steps<2, Falling>(slots, alphabet.escape, flow, jobs.data(), steps);
-        for (int n = 0; n < 2; ++n) flow[n].store(*jobs[static_cast<std::size_t>(n)].stream);
+    const auto near = [&jobs](std::size_t n) { return jobs[n].reach > 0; };
+    if (jobs.size() == 1) {
+        const auto one = near(0) ? value_steps<Falling, true> : value_steps<Falling, false>;
+        return one(alphabet, jobs[0], steps);
     }
-    for (const ValueJob& job : jobs) {
-        int more = 0;
-        const ValueJob rest{job.stream, job.lanes, job.tile + done * kLanes};
-        Flow flow(*job.stream, job.lanes->count);
-        more = value_steps<1, Falling>(slots, alphabet.escape, &flow, &rest, steps - done);
-        flow.store(*job.stream);
-        if (const Status status = scalar::decode_values_from(alphabet, job, done + more, steps); status != Status::ok)
-            return status;
-    }
-    return Status::ok;
+    const auto both = near(0) ? near(1) ? value_steps<Falling, true, true> : value_steps<Falling, true, false>
+                              : near(1) ? value_steps<Falling, false, true> : value_steps<Falling, false, false>;
+    return both(alphabet, jobs[0], jobs[1], steps);
 }
 
 KVSTORE_TARGET Status decode_values(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
@@ -166,58 +243,46 @@ struct DigitStarts {
     }
 };
 
-template <int N>
-KVSTORE_TARGET inline int digit_steps(Flow* flow, const DigitJob* jobs, int steps) {
-    const __m512i low12 = words_of(static_cast<i16>(kSlots - 1)), all = words_of(static_cast<i16>(kSlots));
+KVSTORE_TARGET __attribute__((always_inline)) inline void digit_step(const DigitStarts& starts, Flow& flow, i16* row) {
+    const __m512i all = words_of(static_cast<i16>(kSlots));
     const __m512i zero = _mm512_setzero_si512(), one = words_of(1), minus = words_of(-1);
-    DigitStarts starts[2]{DigitStarts(*jobs[0].lanes), DigitStarts(*jobs[N - 1].lanes)};
+    const __m512i coarse = _mm512_loadu_si512(row);
+    __m512i second, third;
+    starts.of(coarse, second, third);
+    const __m512i slot = flow.slot();
+    const __mmask32 beyond_second = _mm512_cmpge_epu16_mask(slot, second);
+    const __mmask32 beyond_third = _mm512_cmpge_epu16_mask(slot, third);
+    const __m512i start = _mm512_mask_mov_epi16(_mm512_maskz_mov_epi16(beyond_second, second), beyond_third, third);
+    const __m512i end = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(second, beyond_second, third), beyond_third, all);
+    flow.advance(_mm512_sub_epi16(end, start), _mm512_sub_epi16(slot, start));
+    __m512i digit = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(minus, beyond_second, zero), beyond_third, one);
+    digit = _mm512_mask_sub_epi16(digit, _mm512_movepi16_mask(coarse), zero, digit);
+    const __m512i tripled = _mm512_add_epi16(coarse, _mm512_add_epi16(coarse, coarse));
+    _mm512_storeu_si512(row, _mm512_add_epi16(tripled, digit));
+}
+
+KVSTORE_TARGET inline Status digit_steps(const DigitJob& job, int steps) {
+    const DigitStarts starts(*job.lanes);
+    Flow flow(*job.stream, job.lanes->count);
     int step = 0;
-    for (; step < steps; ++step) {
-        bool room = flow[0].at < flow[0].last;
-        if constexpr (N == 2) room = room && flow[1].at < flow[1].last;
-        if (!room) break;
-        for (int n = 0; n < N; ++n) {
-            i16* const row = jobs[n].tile + step * kLanes;
-            const __m512i coarse = _mm512_loadu_si512(row);
-            __m512i second, third;
-            starts[n].of(coarse, second, third);
-            const __m512i slot = _mm512_and_si512(halves(flow[n].state, false), low12);
-            const __mmask32 beyond_second = _mm512_cmpge_epu16_mask(slot, second);
-            const __mmask32 beyond_third = _mm512_cmpge_epu16_mask(slot, third);
-            const __m512i start = _mm512_mask_mov_epi16(_mm512_maskz_mov_epi16(beyond_second, second), beyond_third, third);
-            const __m512i end = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(second, beyond_second, third), beyond_third, all);
-            const Pair frequency = widen(_mm512_sub_epi16(end, start)), bias = widen(_mm512_sub_epi16(slot, start));
-            for (int h = 0; h < 2; ++h) {
-                const __m512i x = flow[n].state.half[h];
-                const __m512i next =
-                    _mm512_mask_add_epi32(x, flow[n].active[h],
-                                          _mm512_mullo_epi32(frequency.half[h], _mm512_srli_epi32(x, kSlotBits)), bias.half[h]);
-                flow[n].state.half[h] = refill(next, flow[n].active[h], flow[n].at);
-            }
-            __m512i digit = _mm512_mask_mov_epi16(_mm512_mask_mov_epi16(minus, beyond_second, zero), beyond_third, one);
-            digit = _mm512_mask_sub_epi16(digit, _mm512_movepi16_mask(coarse), zero, digit);
-            const __m512i tripled = _mm512_add_epi16(coarse, _mm512_add_epi16(coarse, coarse));
-            _mm512_storeu_si512(row, _mm512_add_epi16(tripled, digit));
-        }
+    for (; step < steps && flow.has_room(*job.stream); ++step) digit_step(starts, flow, job.tile + step * kLanes);
+    return status_of(flow.store(*job.stream) && step == steps);
+}
+
+KVSTORE_TARGET inline Status digit_steps(const DigitJob& job0, const DigitJob& job1, int steps) {
+    const DigitStarts starts0(*job0.lanes), starts1(*job1.lanes);
+    Flow flow0(*job0.stream, job0.lanes->count), flow1(*job1.stream, job1.lanes->count);
+    int step = 0;
+    for (; step < steps && flow0.has_room(*job0.stream) && flow1.has_room(*job1.stream); ++step) {
+        digit_step(starts0, flow0, job0.tile + step * kLanes);
+        digit_step(starts1, flow1, job1.tile + step * kLanes);
     }
-    return step;
+    const bool whole[2]{flow0.store(*job0.stream), flow1.store(*job1.stream)};
+    return status_of(whole[0] && whole[1] && step == steps);
 }
 
 KVSTORE_TARGET Status decode_digits(std::span<const DigitJob> jobs, int steps) {
-    int done = 0;
-    if (jobs.size() == 2) {
-        Flow flow[2]{{*jobs[0].stream, jobs[0].lanes->count}, {*jobs[1].stream, jobs[1].lanes->count}};
-        done = digit_steps<2>(flow, jobs.data(), steps);
-        for (int n = 0; n < 2; ++n) flow[n].store(*jobs[static_cast<std::size_t>(n)].stream);
-    }
-    for (const DigitJob& job : jobs) {
-        const DigitJob rest{job.stream, job.lanes, job.tile + done * kLanes};
-        Flow flow(*job.stream, job.lanes->count);
-        const int more = digit_steps<1>(&flow, &rest, steps - done);
-        flow.store(*job.stream);
-        if (const Status status = scalar::decode_digits_from(job, done + more, steps); status != Status::ok) return status;
-    }
-    return Status::ok;
+    return jobs.size() == 2 ? digit_steps(jobs[0], jobs[1], steps) : digit_steps(jobs[0], steps);
 }
 
 // Encoders go through lanes from the last to the first, so they hold them reversed: element 0 is lane 31.
@@ -498,7 +563,7 @@ KVSTORE_TARGET void restore_rotated_bfloat16_wide(const RowWindow& window, std::
 
 const Kernels* avx512_kernels() {
     using namespace avx512;
-    static constexpr Kernels plain{"avx512", decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
+    static constexpr Kernels plain{"avx512", true, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
                                    restore_bfloat16_wide<false>, restore_rotated_bfloat16_wide<false>};
@@ -510,7 +575,7 @@ const Kernels* avx512_kernels() {
     }();
     const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                           __builtin_cpu_supports("avx2");
+                           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx2");
     return !supported ? nullptr : __builtin_cpu_supports("avx512bf16") ? &native : &plain;
 }
 

@@ -16,15 +16,58 @@ std::size_t magnitude_class(i16 value) {
 // value / 3 to the nearest integer; never a tie.
 i16 third(i16 value) { return static_cast<i16>(value < 0 ? -((1 - value) / 3) : (value + 1) / 3); }
 
+Status decode_block_values(const Alphabet& alphabet, const ValueJob& job, int steps) {
+    const ValueLanes& lanes = *job.lanes;
+    std::array<u8, kLanes> symbols;
+    for (int step = 0; step < steps; ++step) {
+        if (!job.stream->step(lanes.count, alphabet.table->slots.data(), lanes.slots.data(), symbols.data()))
+            return Status::stream_ends_early;
+        i16* const row = job.tile + step * kLanes;
+        for (int lane = 0; lane < lanes.count; ++lane) {
+            const auto l = static_cast<std::size_t>(lane);
+            if (symbols[l] == alphabet.escape) {
+                u16 word = 0;
+                if (!job.stream->raw(word)) return Status::stream_ends_early;
+                row[lane] = static_cast<i16>(word);
+            } else {
+                row[lane] = static_cast<i16>(alphabet.falling ? lanes.add[l] - symbols[l] : lanes.add[l] + symbols[l]);
+            }
+        }
+    }
+    return Status::ok;
+}
+
+Status decode_block_digits(const DigitJob& job, int steps) {
+    const DigitLanes& lanes = *job.lanes;
+    std::array<u8, kLanes> symbols;
+    std::array<u16, kLanes> second{}, third_start{};
+    for (int step = 0; step < steps; ++step) {
+        i16* const row = job.tile + step * kLanes;
+        for (int lane = 0; lane < lanes.count; ++lane) {
+            const auto l = static_cast<std::size_t>(lane);
+            const std::size_t magnitude = magnitude_class(row[lane]);
+            second[l] = lanes.second[magnitude][l];
+            third_start[l] = lanes.third[magnitude][l];
+        }
+        if (!job.stream->step3(lanes.count, second.data(), third_start.data(), symbols.data()))
+            return Status::stream_ends_early;
+        for (int lane = 0; lane < lanes.count; ++lane) {
+            const int digit = symbols[static_cast<std::size_t>(lane)] - 1, coarse = row[lane];
+            row[lane] = static_cast<i16>(3 * coarse + (coarse < 0 ? -digit : digit));
+        }
+    }
+    return Status::ok;
+}
+
 Status decode_values(const Alphabet& alphabet, std::span<const ValueJob> jobs, int steps) {
     for (const ValueJob& job : jobs)
-        if (const Status status = decode_values_from(alphabet, job, 0, steps); status != Status::ok) return status;
+        if (const Status status = decode_block_values(alphabet, job, steps); status != Status::ok) return status;
     return Status::ok;
 }
 
 Status decode_digits(std::span<const DigitJob> jobs, int steps) {
     for (const DigitJob& job : jobs)
-        if (const Status status = decode_digits_from(job, 0, steps); status != Status::ok) return status;
+        if (const Status status = decode_block_digits(job, steps); status != Status::ok) return status;
     return Status::ok;
 }
 
@@ -85,54 +128,11 @@ void transpose(const i16* const* in, i16* const* out) {
 
 }  // namespace
 
-Status decode_values_from(const Alphabet& alphabet, const ValueJob& job, int first, int steps) {
-    const ValueLanes& lanes = *job.lanes;
-    std::array<u8, kLanes> symbols;
-    for (int step = first; step < steps; ++step) {
-        if (!job.stream->step(lanes.count, alphabet.table->slots.data(), lanes.slots.data(), symbols.data()))
-            return Status::stream_ends_early;
-        i16* const row = job.tile + step * kLanes;
-        for (int lane = 0; lane < lanes.count; ++lane) {
-            const auto l = static_cast<std::size_t>(lane);
-            if (symbols[l] == alphabet.escape) {
-                u16 word = 0;
-                if (!job.stream->raw(word)) return Status::stream_ends_early;
-                row[lane] = static_cast<i16>(word);
-            } else {
-                row[lane] = static_cast<i16>(alphabet.falling ? lanes.add[l] - symbols[l] : lanes.add[l] + symbols[l]);
-            }
-        }
-    }
-    return Status::ok;
-}
-
-Status decode_digits_from(const DigitJob& job, int first, int steps) {
-    const DigitLanes& lanes = *job.lanes;
-    std::array<u8, kLanes> symbols;
-    std::array<u16, kLanes> second{}, third_start{};
-    for (int step = first; step < steps; ++step) {
-        i16* const row = job.tile + step * kLanes;
-        for (int lane = 0; lane < lanes.count; ++lane) {
-            const auto l = static_cast<std::size_t>(lane);
-            const std::size_t magnitude = magnitude_class(row[lane]);
-            second[l] = lanes.second[magnitude][l];
-            third_start[l] = lanes.third[magnitude][l];
-        }
-        if (!job.stream->step3(lanes.count, second.data(), third_start.data(), symbols.data()))
-            return Status::stream_ends_early;
-        for (int lane = 0; lane < lanes.count; ++lane) {
-            const int digit = symbols[static_cast<std::size_t>(lane)] - 1, coarse = row[lane];
-            row[lane] = static_cast<i16>(3 * coarse + (coarse < 0 ? -digit : digit));
-        }
-    }
-    return Status::ok;
-}
-
 }  // namespace scalar
 
 const Kernels* scalar_kernels() {
     using namespace scalar;
-    static constexpr Kernels table{"scalar", decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
+    static constexpr Kernels table{"scalar", false, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
                                    restore_bfloat16, restore_rotated_bfloat16};

@@ -232,11 +232,11 @@ ClassPlan LosslessCodec::plan(std::span<const u8> tables, std::span<const u8> ba
     return plan;
 }
 
-Bytes LosslessCodec::encode(std::span<const PlaneView> planes, Dtype dtype) const {
+Bytes LosslessCodec::encode(std::span<const PlaneView> planes, Dtype dtype, Workspace& workspace) const {
     const FloatBits format = float_bits(dtype);
     const std::size_t tokens = planes.front().tokens;
     const std::size_t components = components_of(planes);
-    WindowBuffers buffers(components);
+    WindowBuffers buffers(workspace, components);
     std::vector<u32> histograms(components * kExponents);
     Bytes out(2 * components);
     std::vector<RowSplitter> splitters;
@@ -254,7 +254,7 @@ Bytes LosslessCodec::encode(std::span<const PlaneView> planes, Dtype dtype) cons
     }
     for (RowSplitter& splitter : splitters) splitter.append_plain(out);
     const ClassPlan coded = plan({out.data(), components}, {out.data() + components, components});
-    WindowEncoder encoder(kernels_, alphabet(), {&coded, nullptr}, {tokens, 0}, 1);
+    WindowEncoder encoder(workspace, kernels_, alphabet(), {&coded, nullptr}, {tokens, 0}, 1);
     for (std::size_t first = (tokens - 1) / kWindow * kWindow;; first -= kWindow) {
         const std::size_t steps = std::min(kWindow, tokens - first);
         read_window(splitters, first, steps, buffers);
@@ -265,7 +265,7 @@ Bytes LosslessCodec::encode(std::span<const PlaneView> planes, Dtype dtype) cons
     return out;
 }
 
-Status LosslessCodec::decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype) const {
+Status LosslessCodec::decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype, Workspace& workspace) const {
     const FloatBits format = float_bits(dtype);
     const std::size_t tokens = planes.front().tokens;
     const std::size_t components = components_of(planes);
@@ -277,7 +277,7 @@ Status LosslessCodec::decode(ByteView payload, std::span<const PlaneView> planes
     for (std::size_t c = 0; c < components; ++c)
         if (tables[c] >= LosslessTables::kTables || bases[c] >= limit) return Status::unknown_table;
     const ClassPlan coded = plan(tables, bases);
-    WindowDecoder decoder(kernels_, alphabet(), {&coded, nullptr}, components);
+    WindowDecoder decoder(workspace, kernels_, alphabet(), {&coded, nullptr}, {tokens, 0}, components);
     const ByteView section = payload.subspan(2 * components + plain_size);
     if (const Status status = decoder.open({&section, 1}); status != Status::ok) return status;
     std::vector<RowJoiner> joiners;
@@ -286,7 +286,7 @@ Status LosslessCodec::decode(ByteView payload, std::span<const PlaneView> planes
         joiners.emplace_back(kernels_, plane, format, dtype, plain);
         plain += packed_bytes(tokens * plane.channels(), format.plain_bits());
     }
-    WindowBuffers buffers(components);
+    WindowBuffers buffers(workspace, components);
     for (std::size_t first = 0; first < tokens; first += kWindow) {
         const std::size_t steps = std::min(kWindow, tokens - first);
         if (const Status status = decoder.next(0, static_cast<int>(steps), buffers); status != Status::ok) return status;

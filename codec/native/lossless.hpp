@@ -15,6 +15,7 @@ struct LosslessTables {
     static constexpr i64 kEscapeCost = 16 << 8;
 
     SlotTable exponents;
+    NearSymbols near;
     std::vector<i32> costs;  // [40, 64], 1/256 bit, for choosing a table
 };
 
@@ -22,8 +23,8 @@ class LosslessCodec {
   public:
     LosslessCodec(LosslessTables tables, const Kernels& kernels);
 
-    Bytes encode(std::span<const PlaneView> planes, Dtype dtype) const;
-    Status decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype) const;
+    Bytes encode(std::span<const PlaneView> planes, Dtype dtype, Workspace& workspace) const;
+    Status decode(ByteView payload, std::span<const PlaneView> planes, Dtype dtype, Workspace& workspace) const;
 
   private:
     struct Choice {
@@ -32,7 +33,7 @@ class LosslessCodec {
 
     Choice choose(const u32* histogram) const;
     ClassPlan plan(std::span<const u8> tables, std::span<const u8> bases) const;
-    Alphabet alphabet() const { return {&tables_.exponents, LosslessTables::kEscape, true}; }
+    Alphabet alphabet() const { return {&tables_.exponents, &tables_.near, 0, LosslessTables::kEscape, true}; }
 
     LosslessTables tables_;
     const Kernels& kernels_;

@@ -14,7 +14,22 @@ using T = LossyTables;
 constexpr float kDrainScale = 0.125f, kMagnitudeMax = 0x1p100f, kMagnitudeMaxProfile = 0x1p60f;
 constexpr std::array<float, 3> kLevelDivisor{1, 3, 9};
 constexpr std::array<float, 4> kQuarterOctaves{0x1p0f, 0x1.306fe0p0f, 0x1.6a09e6p0f, 0x1.ae89fap0f};
-constexpr std::size_t kTransformTokens = 32;  // decoded together, so that converting the basis pays
+constexpr std::size_t kTransformTokens = 16;  // decoded together, so that converting the basis pays
+
+// The plans of the classes that there are.
+struct Plans {
+    std::array<ClassPlan, 2> all;
+    std::array<const ClassPlan*, 2> coded{};
+
+    Plans(const LossyTables& tables, const TokenClasses& classes, const std::array<std::vector<i32>, 2>& scales, int levels) {
+        for (const std::size_t c : {kDrains, kPlain}) {
+            if (classes[c].empty()) continue;
+            all[c] = plan_class(tables, scales[c], levels);
+            coded[c] = &all[c];
+        }
+    }
+    Plans(const Plans&) = delete;  // `coded` points into it
+};
 
 }  // namespace
 
@@ -91,16 +106,23 @@ void LossyCodec::read_planes(const LossySegment& segment, std::size_t sinks, Dty
 }
 
 LossyCodec::Grid LossyCodec::measured_grid(const std::vector<Statistics>& statistics, bool drains) const {
+    std::size_t components = 0;
+    for (const Statistics& plane : statistics) components += plane.scale_ids.size();
     Grid grid;
-    for (const Statistics& plane : statistics)
-        for (std::size_t c = 0; c < plane.scale_ids.size(); ++c) {
-            grid.mean.push_back(plane.mean(c));
-            grid.unit.push_back(plane.step);
-            grid.scales[kPlain].push_back(plane.scale_ids[c] - T::kScaleIdOffset);
-            if (drains)
-                grid.scales[kDrains].push_back(
-                    drain_scale(tables_, plane.scale_ids[c], plane.mean_steps[c], plane.mean_shift));
+    grid.mean.resize(components);
+    grid.unit.resize(components);
+    grid.scales[kPlain].resize(components);
+    if (drains) grid.scales[kDrains].resize(components);
+    std::size_t j = 0;
+    for (const Statistics& plane : statistics) {
+        const float quantum = plane.quantum();
+        for (std::size_t c = 0; c < plane.scale_ids.size(); ++c, ++j) {
+            grid.mean[j] = static_cast<float>(plane.mean_steps[c]) * quantum;
+            grid.unit[j] = plane.step;
+            grid.scales[kPlain][j] = plane.scale_ids[c] - T::kScaleIdOffset;
+            if (drains) grid.scales[kDrains][j] = drain_scale(tables_, plane.scale_ids[c], plane.mean_steps[c], plane.mean_shift);
         }
+    }
     return grid;
 }
 
@@ -121,7 +143,7 @@ LossyCodec::Grid LossyCodec::profile_grid(const GroupProfile& profile, int step_
     return grid;
 }
 
-Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels,
+Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels, Workspace& workspace,
                           std::vector<Bytes>& payloads) const {
     const std::size_t tokens = segment.tokens();
     Flat flat;
@@ -185,15 +207,9 @@ Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype 
     }
     append_sinks(side, segment, sinks, dtype);
 
-    std::array<ClassPlan, 2> plans;
-    std::array<const ClassPlan*, 2> coded{};
-    for (const std::size_t c : {kDrains, kPlain})
-        if (!classes[c].empty()) {
-            plans[c] = plan_class(tables_, grid.scales[c], levels);
-            coded[c] = &plans[c];
-        }
-    WindowEncoder encoder(kernels_, tables_.alphabet(), coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
-    WindowBuffers buffers(grid.components());
+    const Plans plans(tables_, classes, grid.scales, levels);
+    WindowEncoder encoder(workspace, kernels_, tables_.alphabet(), plans.coded, {classes[kDrains].size(), classes[kPlain].size()}, levels);
+    WindowBuffers buffers(workspace, grid.components());
     for (const std::size_t c : {kPlain, kDrains}) {
         if (classes[c].empty()) continue;
         std::vector<float> inverse = grid.steps(levels - 1, c);
@@ -202,7 +218,7 @@ Status LossyCodec::encode(const LossySegment& segment, std::size_t sinks, Dtype 
         for (std::size_t first = (count - 1) / kWindow * kWindow;; first -= kWindow) {
             const std::size_t steps = std::min(kWindow, count - first);
             for (std::size_t t = 0; t < steps; ++t)
-                kernels_.quantise(flat.row(classes[c][first + t]), grid.components(), grid.mean.data(), inverse.data(), kValueLimit,
+                kernels_.quantise(flat.row(classes[c][first + t]), grid.components(), grid.mean.data(), inverse.data(),
                                   buffers.row(t));
             encoder.previous(c, static_cast<int>(steps), buffers);
             if (first == 0) break;
@@ -249,11 +265,11 @@ class LossyCodec::RowWriter {
 
     void begin(std::size_t token_class) {
         steps_ = grid_.steps(level_, token_class);
-        for (std::size_t m = 0; m < 3; ++m) {
-            shrink_[m].resize(grid_.components());
-            for (std::size_t c = 0; c < grid_.components(); ++c)
-                shrink_[m][c] = codec_.tables_.shrinkage_of(
-                    grid_.scales[token_class][c] + T::kLevelShift[static_cast<std::size_t>(level_)])[m + 1];
+        for (std::vector<float>& shrink : shrink_) shrink.resize(grid_.components());
+        for (std::size_t c = 0; c < grid_.components(); ++c) {
+            const float* shrinkage =
+                codec_.tables_.shrinkage_of(grid_.scales[token_class][c] + T::kLevelShift[static_cast<std::size_t>(level_)]);
+            for (std::size_t m = 0; m < 3; ++m) shrink_[m][c] = shrinkage[m + 1];
         }
     }
     GridView view() const {
@@ -289,12 +305,14 @@ class LossyCodec::RowWriter {
 // The same through a profile's basis, some tokens at a time.
 class LossyCodec::TransformWriter : public RowWriter {
   public:
-    TransformWriter(const LossyCodec& codec, const LossySegment& segment, const Grid& grid, int level, Dtype dtype)
-        : RowWriter(codec, segment, grid, level, dtype), y_(kTransformTokens * grid.components()),
-          scratch_(gemm::scratch_floats(kTransformTokens)) {
+    TransformWriter(const LossyCodec& codec, const LossySegment& segment, const Grid& grid, int level, Dtype dtype,
+                    Workspace& workspace)
+        : RowWriter(codec, segment, grid, level, dtype), y_(workspace.components), x_(workspace.channels), scratch_(workspace.scratch) {
         std::size_t widest = 0;
         for (const CodedPlane& coded : segment.planes) widest = std::max(widest, coded.plane.channels());
-        x_.resize(kTransformTokens * widest);
+        y_.reserve(kTransformTokens * grid.components());
+        x_.reserve(kTransformTokens * widest);
+        scratch_.reserve(gemm::scratch_floats(kTransformTokens));
         for (std::size_t c = 0; c < segment.profile->channels; ++c) inverse_weight_.push_back(1.0f / segment.profile->weight[c]);
     }
     // False where the profile's shape does not fit the segment.
@@ -316,7 +334,8 @@ class LossyCodec::TransformWriter : public RowWriter {
             if (channels == 0 || tokens_.empty()) continue;
             const bool fits = gemm::inverse(codec_.gemm_, {{y_.data(), tokens_.size() * components}, tokens_.size(), components, components},
                                             {{profile.basis, components * profile.channels}, components, profile.channels, profile.channels},
-                                            first, {{x_.data(), tokens_.size() * channels}, tokens_.size(), channels, channels}, scratch_);
+                                            first, {{x_.data(), tokens_.size() * channels}, tokens_.size(), channels, channels},
+                                            {scratch_.data(), gemm::scratch_floats(kTransformTokens)});
             if (!fits) return false;
             for (std::size_t t = 0; t < tokens_.size(); ++t) {
                 float* row = x_.data() + t * channels;
@@ -330,12 +349,13 @@ class LossyCodec::TransformWriter : public RowWriter {
     }
 
   private:
-    std::vector<float> y_, x_, inverse_weight_, scratch_;
+    Pages<float>&y_, &x_, &scratch_;
+    std::vector<float> inverse_weight_;
     std::vector<std::size_t> tokens_;
 };
 
 Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView> payloads, std::size_t sinks,
-                          Dtype dtype) const {
+                          Dtype dtype, Workspace& workspace) const {
     std::vector<u16> drains;
     Grid grid;
     std::size_t at = 0;
@@ -343,19 +363,16 @@ Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView>
         return status;
     const TokenClasses classes = classify(segment.tokens(), sinks, drains);
     const int levels = static_cast<int>(payloads.size());
-    std::array<ClassPlan, 2> plans;
-    std::array<const ClassPlan*, 2> coded{};
-    for (const std::size_t c : {kDrains, kPlain})
-        if (!classes[c].empty()) {
-            plans[c] = plan_class(tables_, grid.scales[c], levels);
-            coded[c] = &plans[c];
-        }
-    WindowDecoder decoder(kernels_, tables_.alphabet(), coded, grid.components());
+    const Plans plans(tables_, classes, grid.scales, levels);
+    const bool transformed = segment.profile != nullptr && segment.profile->basis != nullptr;  // which takes nearly all time
+    std::array<std::size_t, 2> near_tokens{};
+    if (!transformed) near_tokens = {classes[kDrains].size(), classes[kPlain].size()};
+    WindowDecoder decoder(workspace, kernels_, tables_.alphabet(), plans.coded, near_tokens, grid.components());
     std::vector<ByteView> sections(payloads.begin(), payloads.end());
     sections.front() = sections.front().subspan(at);
     if (const Status status = decoder.open(sections); status != Status::ok) return status;
 
-    WindowBuffers buffers(grid.components());
+    WindowBuffers buffers(workspace, grid.components());
     const auto decode_all = [&](auto& writer) {
         for (const std::size_t c : {kDrains, kPlain}) {
             if (classes[c].empty()) continue;
@@ -370,8 +387,8 @@ Status LossyCodec::decode(const LossySegment& segment, std::span<const ByteView>
         return decoder.finish();
     };
     Status status;
-    if (segment.profile != nullptr && segment.profile->basis != nullptr) {
-        TransformWriter writer(*this, segment, grid, levels - 1, dtype);
+    if (transformed) {
+        TransformWriter writer(*this, segment, grid, levels - 1, dtype, workspace);
         status = decode_all(writer);
         if (status == Status::ok && !writer.flush()) status = Status::side_information;
     } else {

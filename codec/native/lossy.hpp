@@ -50,8 +50,10 @@ class LossyCodec {
 
     std::vector<u16> drain_tokens(std::span<const DrainLayer> layers, std::size_t sinks, Dtype dtype) const;
     // Payloads of quality layers 0…levels−1.
-    Status encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels, std::vector<Bytes>& payloads) const;
-    Status decode(const LossySegment& segment, std::span<const ByteView> payloads, std::size_t sinks, Dtype dtype) const;
+    Status encode(const LossySegment& segment, std::size_t sinks, Dtype dtype, int levels, Workspace& workspace,
+                  std::vector<Bytes>& payloads) const;
+    Status decode(const LossySegment& segment, std::span<const ByteView> payloads, std::size_t sinks, Dtype dtype,
+                  Workspace& workspace) const;
 
   private:
     struct Grid;

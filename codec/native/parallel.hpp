@@ -14,14 +14,16 @@
 
 namespace kvstore {
 
-template <class Job>
+// `job(index, workspace)`: each thread has a Workspace of its own, which one job leaves to the next.
+template <class Workspace, class Job>
 void parallel_for(std::size_t count, std::size_t threads, const Job& job) {
     std::atomic<std::size_t> next{0};
     std::atomic<bool> failed{false};
     std::exception_ptr error;
     const auto work = [&] {
         try {
-            for (std::size_t index; !failed && (index = next++) < count;) job(index);
+            Workspace workspace;
+            for (std::size_t index; !failed && (index = next++) < count;) job(index, workspace);
         } catch (...) {
             if (!failed.exchange(true)) error = std::current_exception();
         }

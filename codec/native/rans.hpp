@@ -90,13 +90,20 @@ class StreamEncoder {
     std::size_t count_ = 0;
 };
 
+// Must not be copied once begun: it may point into itself.
 class StreamDecoder {
   public:
+    static constexpr std::size_t kStepBytesMax = 4 * kLanes;  // a refill and a raw word for each lane
+
     // `stream` is at least 128 bytes and even (split_streams made it so).
     Status begin(ByteView stream) {
         std::memcpy(states_.data(), stream.data(), 4 * kLanes);
         at_ = stream.data() + 4 * kLanes;
         end_ = stream.data() + stream.size();
+        const std::size_t last = std::min(stream.size() - 4 * kLanes, kStepBytesMax);
+        tail_end_ = tail_.data() + last;
+        if (last > 0) std::memcpy(tail_.data(), end_ - last, last);
+        if (last < kStepBytesMax) at_ = enter_tail(at_);
         return std::all_of(states_.begin(), states_.end(), [](u32 x) { return x >= kStateMin; }) ? Status::ok
                                                                                                  : Status::state_range;
     }
@@ -133,9 +140,20 @@ class StreamDecoder {
     // For vector code, which keeps the states in registers and moves on by itself.
     std::array<u32, kLanes>& states() { return states_; }
     const u8* position() const { return at_; }
-    const u8* end() const { return end_; }
-    std::size_t bytes_left() const { return static_cast<std::size_t>(end_ - at_); }
-    void move_to(const u8* at) { at_ = at; }
+    // It may read 128 bytes a step, so it goes over to a copy of the last 128 that has zeros after them. A step may start
+    // at a position before `limit()`, or else where `enter_tail` says; null: the stream is at its end, or beyond.
+    const u8* limit() const { return end_ == tail_end_ ? end_ + 1 : end_ - kStepBytesMax; }
+    const u8* enter_tail(const u8* at) {
+        if (end_ == tail_end_) return nullptr;
+        const std::ptrdiff_t left = end_ - at;
+        end_ = tail_end_;
+        return end_ - left;
+    }
+    // False where it has read beyond the end.
+    bool move_to(const u8* at) {
+        at_ = at;
+        return at_ <= end_;
+    }
 
     Status finish() const {
         const bool even = at_ == end_ && std::all_of(states_.begin(), states_.end(), [](u32 x) { return x == kStateMin; });
@@ -170,6 +188,8 @@ class StreamDecoder {
     std::array<u32, kLanes> states_{};
     const u8* at_ = nullptr;
     const u8* end_ = nullptr;
+    const u8* tail_end_ = nullptr;
+    std::array<u8, 2 * kStepBytesMax> tail_{};
 };
 
 // Stream `index`'s share of `items` among `count` streams: [first, last).

@@ -80,12 +80,12 @@ KVSTORE_TARGET void restore_rotated_bfloat16(const RowWindow& window, std::size_
 }
 
 KVSTORE_TARGET void quantise(const float* __restrict values, std::size_t count, const float* __restrict mean,
-                             const float* __restrict inverse, float limit, i16* __restrict out) {
+                             const float* __restrict inverse, i16* __restrict out) {
     constexpr float round = 0x1.8p23f;  // added and taken off, it leaves the nearest integer (ties to even)
     for (std::size_t i = 0; i < count; ++i) {
         const float scaled = (values[i] - mean[i]) * inverse[i];
-        const float high = scaled < limit ? scaled : limit;
-        const float kept = high > -limit ? high : -limit;
+        const float high = scaled < kValueLimit ? scaled : kValueLimit;
+        const float kept = high > -kValueLimit ? high : -kValueLimit;
         out[i] = static_cast<i16>(static_cast<i32>((kept + round) - round));
     }
 }

@@ -31,6 +31,17 @@ int rice_parameter(std::span<const u32> folded, int raw_bits) {
     return best;
 }
 
+int exponent(double value) { return static_cast<int>(std::bit_cast<u64>(value) >> 52); }  // biased, of value ≥ 0
+
+// How many of ascending `thresholds` are ≤ value. They grow by √2, so exponents say where to look.
+i32 reached(std::span<const double> thresholds, double value) {
+    const int guess = 2 * (exponent(value) - exponent(thresholds.front()));
+    auto count = static_cast<std::size_t>(std::clamp(guess, 0, static_cast<int>(thresholds.size())));
+    while (count < thresholds.size() && thresholds[count] <= value) ++count;
+    while (count > 0 && thresholds[count - 1] > value) --count;
+    return static_cast<i32>(count);
+}
+
 // Bits, least significant first.
 class BitWriter {
   public:
@@ -64,20 +75,28 @@ class BitReader {
     explicit BitReader(ByteView bytes) : bytes_(bytes) {}
     bool rice(int k, int raw_bits, u32& z) {
         fill();
-        const int ones = std::min(std::countr_one(held_), static_cast<int>(kQuotientMax));
-        const bool escaped = ones == static_cast<int>(kQuotientMax);
-        if (!take(escaped ? ones : ones + 1)) return false;
-        const u64 rest = held_ & ((u64{1} << (escaped ? raw_bits : k)) - 1);
-        if (!take(escaped ? raw_bits : k)) return false;
-        z = static_cast<u32>(escaped ? rest : static_cast<u64>(ones) << k | rest);
-        return true;
+        const int ones = std::countr_one(held_);
+        if (ones >= static_cast<int>(kQuotientMax)) {
+            z = static_cast<u32>(held_ >> kQuotientMax & ((u64{1} << raw_bits) - 1));
+            return take(static_cast<int>(kQuotientMax) + raw_bits);
+        }
+        z = static_cast<u32>(ones) << k | static_cast<u32>(held_ >> (ones + 1) & ((u64{1} << k) - 1));
+        return take(ones + 1 + k);
     }
     std::size_t bytes_read() const { return at_ - static_cast<std::size_t>(count_) / 8; }
 
   private:
-    // At least 56 bits, or all that are left; beyond them `held_` is zero.
+    // At least 56 bits, or all that are left; beyond them `held_` is zero. Never 64, so shifts by `count_` are sound.
     void fill() {
-        for (; count_ <= 56 && at_ < bytes_.size(); count_ += 8) held_ |= static_cast<u64>(bytes_[at_++]) << count_;
+        if (bytes_.size() - at_ >= 8) {  // all at once: of the eight bytes, those that fit whole count
+            held_ |= load<u64>(bytes_.data() + at_) << count_;
+            const int more = (63 - count_) / 8;
+            at_ += static_cast<std::size_t>(more);
+            count_ += 8 * more;
+            held_ &= ~u64{0} >> (64 - count_);
+            return;
+        }
+        for (; count_ < 56 && at_ < bytes_.size(); count_ += 8) held_ |= static_cast<u64>(bytes_[at_++]) << count_;
     }
     bool take(int bits) {
         if (bits > count_) return false;
@@ -131,8 +150,7 @@ Statistics measure(const LossyTables& tables, const PlaneSums& sums, double step
         result.mean_steps[c] = static_cast<i32>(std::clamp(steps, -double{kMeanMax}, double{kMeanMax}));
         const double coded = result.mean(c);
         const double variance = std::max(square[c] - coded * (2.0 * mean[c] - coded), 0.0);
-        result.scale_ids[c] =
-            static_cast<i32>(std::upper_bound(thresholds.begin(), thresholds.end(), variance) - thresholds.begin());
+        result.scale_ids[c] = reached(thresholds, variance);
     }
     return result;
 }
@@ -197,8 +215,7 @@ Status read_statistics(ByteView payload, std::size_t channels, std::size_t& at, 
 i32 drain_scale(const LossyTables& tables, i32 scale_id, i32 mean_steps, u8 mean_shift) {
     const double mean = mean_steps * (0.25 * static_cast<double>(u32{1} << mean_shift));
     const double energy = tables.variances[static_cast<std::size_t>(scale_id)] + mean * mean;
-    const auto above = std::upper_bound(tables.thresholds.begin(), tables.thresholds.end(), energy);
-    const i32 scale = static_cast<i32>(above - tables.thresholds.begin()) - T::kScaleIdOffset + T::kDrainShift;
+    const i32 scale = reached(tables.thresholds, energy) - T::kScaleIdOffset + T::kDrainShift;
     return std::max(scale, i32{T::kScaleCodedMin});
 }
 

@@ -4,6 +4,7 @@ namespace kvstore {
 namespace {
 
 constexpr std::size_t kTileSize = kTile;
+constexpr std::size_t kNearTokensMin = 2 * kWindow;  // for fewer, near symbols are not worth their memory
 
 std::size_t blocks_at(const std::array<const ClassPlan*, 2>& classes, std::size_t level) {
     std::size_t blocks = 0;
@@ -46,12 +47,14 @@ Status side_by_side(std::size_t blocks, std::size_t refined, std::size_t streams
 
 }  // namespace
 
-WindowBuffers::WindowBuffers(std::size_t components) : stride_(padded(components)) {
-    rows_.resize(kWindow * stride_);
+WindowBuffers::WindowBuffers(Workspace& workspace, std::size_t components)
+    : stride_(padded(components)), rows_(workspace.rows), columns_(workspace.columns) {
+    rows_.reserve(kWindow * stride_);
+    columns_.reserve(kWindow * stride_);
     clear();
 }
 
-void WindowBuffers::clear() { columns_.resize(stride_ * kWindow); }
+void WindowBuffers::clear() { std::fill_n(columns_.data(), stride_ * kWindow, i16{0}); }
 
 void WindowBuffers::rows_to_columns(const Kernels& kernels) {
     const i16* in[kLanes];
@@ -97,12 +100,15 @@ void WindowBuffers::scatter(const Kernels& kernels, std::span<const u32> compone
     kernels.transpose(in, out);
 }
 
-WindowDecoder::WindowDecoder(const Kernels& kernels, const Alphabet& alphabet, std::array<const ClassPlan*, 2> classes,
+WindowDecoder::WindowDecoder(Workspace& workspace, const Kernels& kernels, const Alphabet& alphabet,
+                             std::array<const ClassPlan*, 2> classes, std::array<std::size_t, 2> near_tokens,
                              std::size_t components)
-    : kernels_(kernels), alphabet_(alphabet), classes_(classes) {
+    : kernels_(kernels), alphabet_(alphabet), classes_(classes), near_(workspace.near), tiles_(workspace.tiles) {
+    for (std::size_t index = 0; index < classes.size(); ++index)
+        if (classes[index] && kernels.compares && near_tokens[index] >= kNearTokensMin) find_near(index);
     std::size_t blocks = 0;
     for (const ClassPlan* plan : classes) blocks = std::max(blocks, plan ? plan->blocks.size() : 0);
-    tiles_.resize(std::max(blocks, components > 0 ? std::size_t{1} : 0) * kTileSize);
+    tiles_.reserve(std::max(blocks, components > 0 ? std::size_t{1} : 0) * kTileSize);
 }
 
 Status WindowDecoder::open(std::span<const ByteView> sections) {
@@ -124,6 +130,36 @@ Status WindowDecoder::next(std::size_t index, int steps, WindowBuffers& buffers)
     return Status::ok;
 }
 
+void WindowDecoder::find_near(std::size_t index) {
+    const ClassPlan& plan = *classes_[index];
+    near_[index].reserve(plan.blocks.size() * kTileSize);
+    const NearRow none;
+    const i16* in[kLanes];
+    i16* out[kLanes];
+    for (std::size_t b = 0; b < plan.values.size(); ++b) {
+        const ValueLanes& lanes = plan.values[b];
+        int reach = 0;
+        bool all = true;
+        for (std::size_t l = 0; l < kLanes; ++l) {
+            const bool used = l < static_cast<std::size_t>(lanes.count);
+            const std::size_t table = static_cast<std::size_t>(lanes.slots[l]) / kSlots;
+            in[l] = reinterpret_cast<const i16*>(used ? &alphabet_.near->row(table) : &none);
+            out[l] = near_[index].data() + b * kTileSize + l * kLanes;
+            if (!used) continue;
+            reach = std::max(reach, alphabet_.near->reach(table));
+            all = all && alphabet_.near->reach(table) > 0;
+        }
+        reaches_[index].push_back(all ? reach : 0);
+        if (all) kernels_.transpose(in, out);
+    }
+}
+
+ValueJob WindowDecoder::value_job(std::size_t level, std::size_t index, std::size_t stream, std::size_t block) {
+    const int reach = reaches_[index].empty() ? 0 : reaches_[index][block];
+    return {&streams_[level][stream], &classes_[index]->values[block], reach > 0 ? near_[index].data() + block * kTileSize : nullptr, reach,
+            tiles_.data() + block * kTileSize};
+}
+
 Status WindowDecoder::decode_layer(std::size_t level, std::size_t index, int steps) {
     const ClassPlan& plan = *classes_[index];
     std::vector<StreamDecoder>& streams = streams_[level];
@@ -136,8 +172,7 @@ Status WindowDecoder::decode_layer(std::size_t level, std::size_t index, int ste
             return kernels_.decode_digits({jobs.data(), places.size()}, steps);
         }
         std::array<ValueJob, 2> jobs;
-        for (std::size_t n = 0; n < places.size(); ++n)
-            jobs[n] = {&streams[places[n].stream], &plan.values[places[n].block], tiles_.data() + places[n].block * kTileSize};
+        for (std::size_t n = 0; n < places.size(); ++n) jobs[n] = value_job(level, index, places[n].stream, places[n].block);
         return kernels_.decode_values(alphabet_, {jobs.data(), places.size()}, steps);
     });
 }
@@ -148,9 +183,10 @@ Status WindowDecoder::finish() const {
     return Status::ok;
 }
 
-WindowEncoder::WindowEncoder(const Kernels& kernels, const Alphabet& alphabet, std::array<const ClassPlan*, 2> classes,
-                             std::array<std::size_t, 2> tokens, int levels)
-    : kernels_(kernels), alphabet_(alphabet), classes_(classes), streams_(static_cast<std::size_t>(levels)) {
+WindowEncoder::WindowEncoder(Workspace& workspace, const Kernels& kernels, const Alphabet& alphabet,
+                             std::array<const ClassPlan*, 2> classes, std::array<std::size_t, 2> tokens, int levels)
+    : kernels_(kernels), alphabet_(alphabet), classes_(classes), streams_(static_cast<std::size_t>(levels)),
+      tiles_(workspace.tiles) {
     for (std::size_t level = 0; level < streams_.size(); ++level) {
         i64 symbols = 0;
         for (std::size_t index = 0; index < classes.size(); ++index)
@@ -159,7 +195,7 @@ WindowEncoder::WindowEncoder(const Kernels& kernels, const Alphabet& alphabet, s
     }
     std::size_t blocks = 0;
     for (const ClassPlan* plan : classes) blocks = std::max(blocks, plan ? plan->blocks.size() : 0);
-    tiles_.resize(blocks * kTileSize);
+    tiles_.reserve(blocks * kTileSize);
 }
 
 void WindowEncoder::previous(std::size_t index, int steps, WindowBuffers& buffers) {

@@ -19,11 +19,13 @@ std::vector<Coders> make_coders() {
         const Kernels* kernels = kernels_for(isa);
         const auto gemm = static_cast<gemm::Isa>(isa);
         if (kernels == nullptr || !gemm::supported(gemm)) continue;
-        LossyTables lossy{slot_table(kValues, 256, true), slot_table(kDigits, 3, false),
+        const SlotTable values = slot_table(kValues, 256, true);
+        const SlotTable exponents = slot_table(kExponents, LosslessTables::kSymbols, true);
+        LossyTables lossy{values, slot_table(kDigits, 3, false), NearSymbols(values, LossyTables::kValueMax, true),
                           {std::begin(kShrinkage), std::end(kShrinkage)},
                           {std::begin(kThresholds), std::end(kThresholds)},
                           {std::begin(kVariances), std::end(kVariances)}};
-        LosslessTables lossless{slot_table(kExponents, LosslessTables::kSymbols, true), {std::begin(kCosts), std::end(kCosts)}};
+        LosslessTables lossless{exponents, NearSymbols(exponents, 0, false), {std::begin(kCosts), std::end(kCosts)}};
         found.push_back({LossyCodec(std::move(lossy), *kernels, gemm), LosslessCodec(std::move(lossless), *kernels)});
     }
     return found;
@@ -34,6 +36,11 @@ std::vector<Coders> make_coders() {
 const std::vector<Coders>& coders() {
     static const std::vector<Coders> all = make_coders();
     return all;
+}
+
+Workspace& workspace() {
+    static Workspace kept;
+    return kept;
 }
 
 }  // namespace kvstore::fuzz

@@ -13,4 +13,7 @@ struct Coders {
 
 const std::vector<Coders>& coders();
 
+// One for all inputs and instruction sets: what a segment leaves there must not matter to the next.
+Workspace& workspace();
+
 }  // namespace kvstore::fuzz

@@ -14,7 +14,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
     for (const Coders& coder : coders()) {
         Planes planes(*input, background);
         background += 0x55;
-        const Status status = coder.lossless.decode(payload, planes.views(), input->dtype);
+        const Status status = coder.lossless.decode(payload, planes.views(), input->dtype, workspace());
         const Outcome outcome = lossless_outcome(status, planes);
         if (!expected) expected = outcome;
         require(outcome == *expected, "instruction sets decode differently");

@@ -17,7 +17,7 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
         Planes planes(*input, background);
         background += 0x55;
         Segment segment(*input, planes);
-        const Status status = coder.lossy.decode(*segment, views, input->sinks, input->dtype);
+        const Status status = coder.lossy.decode(*segment, views, input->sinks, input->dtype, workspace());
         const Outcome outcome = lossy_outcome(status, planes, *input);
         if (!expected) expected = outcome;
         require(outcome == *expected, "instruction sets decode differently");

@@ -22,7 +22,7 @@ Outcome decode(const Coders& coder, const Case& input, const std::vector<Bytes>&
     const std::vector<ByteView> views(payloads.begin(), payloads.end());
     Planes planes(input, background);
     Segment segment(input, planes);
-    const Status status = coder.lossy.decode(*segment, views, input.sinks, input.dtype);
+    const Status status = coder.lossy.decode(*segment, views, input.sinks, input.dtype, workspace());
     return lossy_outcome(status, planes, input);
 }
 
@@ -61,14 +61,14 @@ extern "C" int LLVMFuzzerTestOneInput(const u8* data, std::size_t size) {
         (*segment).drains = drains;
         (*segment).find_drains = input->drains % 3 == 1 && input->shapes.size() % 2 == 0;
         std::vector<Bytes> coded;
-        const Status found = coder.lossy.encode(*segment, input->sinks, input->dtype, input->levels, coded);
+        const Status found = coder.lossy.encode(*segment, input->sinks, input->dtype, input->levels, workspace(), coded);
         require(planes.same_memory(before), "an encoder wrote into the caller's array");
         if ((*segment).find_drains) {
             const std::vector<u16> listed = found_drains(coder, *input, planes);
             (*segment).find_drains = false;
             (*segment).drains = listed;
             std::vector<Bytes> again;
-            require(coder.lossy.encode(*segment, input->sinks, input->dtype, input->levels, again) == found &&
+            require(coder.lossy.encode(*segment, input->sinks, input->dtype, input->levels, workspace(), again) == found &&
                         (found != Status::ok || again == coded),
                     "drain tokens differ when they are found first");
         }
