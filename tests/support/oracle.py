@@ -6,6 +6,7 @@ that was put for it, cut at the end of a quality layer; everything else is wrong
 
 from __future__ import annotations
 
+import hashlib
 from functools import lru_cache
 from typing import Any
 
@@ -19,7 +20,7 @@ LAYOUT = kv_objects.small_layout("oracle", layers=8, head_dim=64)  # 64 KiB a ch
 CHUNK_TOKENS = LAYOUT.chunk_tokens
 QUALITIES = ("low", "medium", "high", "raw")  # that are put
 SYSTEM_CHUNKS = 2  # at the start of conversations that share them
-_CHUNKS_CACHED = 600
+_CHUNKS_CACHED = 400
 
 
 class Conversation:
@@ -65,7 +66,7 @@ class Conversation:
         return [
             position
             for position in range(tokens // CHUNK_TOKENS)
-            if values[:, :, position * CHUNK_TOKENS : (position + 1) * CHUNK_TOKENS].tobytes()
+            if _digest(values[:, :, position * CHUNK_TOKENS : (position + 1) * CHUNK_TOKENS])
             not in self._readings(position, best)
         ]
 
@@ -109,12 +110,16 @@ def _blob(author: int, position: int, chunk_hash: bytes, quality: str) -> bytes:
 
 @lru_cache(_CHUNKS_CACHED)
 def _readings(author: int, position: int, best: Quality) -> frozenset[bytes]:
-    """Decoded values; what they are does not depend on the chunk's hash."""
+    """Digests of decoded values, which do not depend on the chunk's hash."""
     found = set()
     for quality in QUALITIES:
         whole = _blob(author, position, bytes(32), quality)
         header = codec.parse_header(whole)
         for number, end in enumerate(header.layer_bytes):
             if header.quality_at(end) >= best or not number:
-                found.add(codec.decode(whole[:end], LAYOUT).tobytes())
+                found.add(_digest(codec.decode(whole[:end], LAYOUT)))
     return frozenset(found)
+
+
+def _digest(values: Any) -> bytes:
+    return hashlib.blake2b(values.tobytes(), digest_size=16).digest()
