@@ -1,0 +1,163 @@
+"""Lookups of a 512-chunk prefix: inside the node, and through gRPC while another process puts.
+
+The yardstick through gRPC is a call of the same node that does nothing (the lookup of one unknown chunk), in turns with
+the lookup: what is above it is the lookup's own. Chunks are small but real objects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+import kvstore_codec as codec
+from bench.server_process import channel_to, server_process
+from kvstore.cli import render
+from kvstore.config import NodeConfig
+from kvstore.engine.model import Offer
+from kvstore.engine.node import Node
+from kvstore_client import Client
+from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import FramedStoreStub
+
+KVSTORE = Path(sys.executable).with_name("kvstore")
+LAYOUT = codec.KVLayout.uniform(
+    model="bench-lookup", revision="1", num_layers=1, kv_heads=1, head_dim=16, dtype="float16", chunk_tokens=16
+)
+PUT_LAYOUT = codec.KVLayout.uniform(
+    model="bench-put", revision="1", num_layers=16, kv_heads=4, head_dim=64, dtype="float16", chunk_tokens=256
+)  # 4 MiB of KV a chunk
+CHUNKS = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds."""
+
+    what: str
+    p50_ms: float
+    p99_ms: float
+    calls: int
+
+
+def prompt(seed: int) -> tuple[list[int], np.ndarray]:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, 50_000, CHUNKS * LAYOUT.chunk_tokens).tolist()
+    kv = rng.standard_normal((1, 2, len(tokens), 1, 16)).astype(np.float16)
+    return tokens, kv
+
+
+async def inside(others: int, calls: int) -> Row:
+    """`Node.lookup`, lease included, on a node that holds `others` other objects."""
+    node = await Node.open(NodeConfig(host_capacity=1 << 30))
+    try:
+        hashes = await _stored(node, 0)
+        for seed in range(1, 1 + others // CHUNKS):
+            await _stored(node, seed)
+        seconds = []
+        for _ in range(calls):
+            began = time.perf_counter()
+            found = node.lookup(LAYOUT.namespace_id, hashes, 0, 1000)
+            seconds.append(time.perf_counter() - began)
+            assert len(found) == CHUNKS
+            node.renew(found.lease_id, 0)
+        return _row(f"in the node, {others:,} other objects", seconds)
+    finally:
+        await node.aclose()
+
+
+async def _stored(node: Node, seed: int) -> list[bytes]:
+    tokens, kv = prompt(seed)
+    refs = codec.chunk_refs(LAYOUT, tokens)
+    blobs = [
+        bytes(codec.encode(
+            kv[:, :, ref.first_token : ref.first_token + 16], LAYOUT, quality="raw", first_position=ref.first_token,
+            chunk_hash=ref.hash,
+        ))
+        for ref in refs
+    ]  # fmt: skip
+    offers = [Offer(ref.hash, ref.parent, len(blob), codec.Quality.RAW) for ref, blob in zip(refs, blobs, strict=True)]
+    stage = node.offer(LAYOUT.namespace_id, LAYOUT.canonical_bytes, 0, offers)
+    for index, blob in enumerate(blobs):
+        stage.write(index, 0, blob)
+    await node.commit(stage, durable=False)
+    return [ref.hash for ref in refs]
+
+
+def through_grpc(calls: int, *, putting: bool) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [KVSTORE, "serve", "--listen", "127.0.0.1:0", "--host-capacity", "512MiB", "--log-level", "warning",
+                   "--disk-path", f"{folder}/disk", "--disk-capacity", "2GiB"]  # fmt: skip
+        with server_process(command) as address, channel_to(address) as channel:
+            tokens, kv = prompt(0)
+            with Client(address, deadline=60.0, strict=True) as client:
+                client.namespace(LAYOUT).put(tokens, kv, quality="raw", retain=(100, 3600))
+            stub = FramedStoreStub(channel)
+            whole = b"".join(ref.hash for ref in codec.chunk_refs(LAYOUT, tokens))
+            stop = multiprocessing.get_context("spawn").Event()
+            putter = multiprocessing.get_context("spawn").Process(target=_put_until, args=(address, stop))
+            if putting:
+                putter.start()
+                time.sleep(3.0)
+            rows = {"nothing": [], "lookup": []}  # type: dict[str, list[float]]
+            for _ in range(calls):
+                for what, hashes in (("nothing", bytes(32)), ("lookup", whole)):
+                    request = pb.LookupRequest(namespace_id=LAYOUT.namespace_id, chunk_hashes=hashes, lease_ms=1000)
+                    began = time.perf_counter()
+                    answer = stub.Lookup(request, timeout=10.0)
+                    rows[what].append(time.perf_counter() - began)
+                    assert len(answer.tokens) == (CHUNKS if what == "lookup" else 0)
+            if putting:
+                stop.set()
+                putter.join()
+    busy = "while another process puts" if putting else "idle node"
+    return [_row(f"gRPC, {what}, {busy}", seconds) for what, seconds in rows.items()]
+
+
+def _put_until(address: str, stop: object) -> None:
+    """Puts prompts of eight chunks of 4 MiB one after the other."""
+    rng = np.random.default_rng(os.getpid())
+    kv = rng.standard_normal((16, 2, 8 * 256, 4, 64)).astype(np.float16)
+    with Client(address, deadline=60.0) as client:
+        cache = client.namespace(PUT_LAYOUT)
+        while not stop.is_set():  # type: ignore[attr-defined]
+            cache.put(rng.integers(0, 50_000, 8 * 256).tolist(), kv, quality="raw")
+
+
+def _row(what: str, seconds: list[float]) -> Row:
+    cuts = statistics.quantiles(seconds, n=100)
+    return Row(what, 1000 * statistics.median(seconds), 1000 * cuts[98], len(seconds))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calls", type=int, default=2000)
+    parser.add_argument("--others", type=int, default=100_000, help="other objects in the node")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    rows = [asyncio.run(inside(arguments.others, arguments.calls))]
+    rows += through_grpc(arguments.calls, putting=False)
+    rows += through_grpc(arguments.calls, putting=True)
+    table = Table(title=f"lookup of {CHUNKS} chunks, load average {os.getloadavg()[0]:.1f}")
+    for heading in ("what", "p50 ms", "p99 ms", "calls"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row.what, f"{row.p50_ms:.3f}", f"{row.p99_ms:.3f}", str(row.calls))
+    render.print_table(table)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()
