@@ -17,8 +17,10 @@ from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
 from kvstore.cli.doctor_network import running_node
 from kvstore.cli.outcome import CommandFailed
 from kvstore.cli.scrape import scrape
+from kvstore.errors import ConfigError
 from kvstore.service.server import RPCS_MAX
 from kvstore.tiers.arena import SPARE_BYTES_MIN, SPARE_PART
+from kvstore.tiers.host import HostTier
 from kvstore_codec import _native
 from kvstore_codec.native import NativeCoder
 from kvstore_proto.v1 import store_pb2 as pb
@@ -59,6 +61,8 @@ def check_memory(subject: Subject) -> Iterator[Finding]:
         yield warn(found, "free memory, or lower host_capacity: the kernel ends processes when none is left")
     else:
         yield ok(found)
+    if config.huge_pages:
+        yield _huge_pages()
 
 
 def check_files(subject: Subject) -> Iterator[Finding]:
@@ -104,6 +108,14 @@ def _cpu_name() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.machine()
+
+
+def _huge_pages() -> Finding:
+    try:
+        HostTier(SPARE_BYTES_MIN, huge_pages=True).close()
+    except ConfigError as error:
+        return fail("huge_pages cannot be had", str(error))
+    return ok("huge_pages can be had")
 
 
 def _memory() -> tuple[int, int]:

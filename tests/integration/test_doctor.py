@@ -132,6 +132,18 @@ def test_more_memory_than_there_is() -> None:
     assert "lower host_capacity" in the(findings, "fail", "host_capacity")["fix"]
 
 
+def test_huge_pages_can_be_had_exactly_where_a_node_starts_with_them() -> None:
+    settings = {"KVSTORE_HUGE_PAGES": "true", "KVSTORE_LISTEN": "127.0.0.1:0"}
+    done = run("admin", "doctor", "--only", "memory", **settings)
+    node = subprocess.Popen([KVSTORE, "serve"], stdout=subprocess.PIPE, env=clean_environment(**settings))
+    assert node.stdout is not None
+    ready = node.stdout.readline()
+    node.kill()
+    node.communicate()
+    assert (done.returncode == OK) == bool(ready)
+    assert ("huge_pages can be had" in done.stdout) == bool(ready)
+
+
 def test_few_open_files() -> None:
     done = subprocess.run(
         [KVSTORE, "admin", "doctor", "--json", "--only", "files"], capture_output=True, check=True, text=True,
@@ -235,7 +247,11 @@ def test_redis_that_does_not_let_us(tmp_path: Path) -> None:
         limited = redis.url.replace(":secret@", "node:pass@")
         findings = doctor("--only", "redis", code=PROBLEM, KVSTORE_REDIS_URL=limited, KVSTORE_REDIS_TIMEOUT_MS="5000")
         assert "EVAL" in the(findings, "fail", "allow this user")["fix"]
-        reading: dict[str, Any] = {"KVSTORE_REDIS_URL": limited, "KVSTORE_REDIS_WRITE": "off", "KVSTORE_REDIS_TIMEOUT_MS": "5000"}
+        reading: dict[str, Any] = {
+            "KVSTORE_REDIS_URL": limited,
+            "KVSTORE_REDIS_WRITE": "off",
+            "KVSTORE_REDIS_TIMEOUT_MS": "5000",
+        }
         the(doctor("--only", "redis", **reading), "ok", "GETRANGE, STRLEN work")
 
 
