@@ -152,7 +152,9 @@ class Holdings:
     def take_in(self, key: ObjectKey, found: SharedObject) -> None:
         """Keeps in memory what was read from the shared tier, where that costs nothing that was used since."""
         length, index = len(found.data), self.index
-        if found.whole and index.row_of(key) is None and self.room.in_host(key, length, used_before=index.uses):
+        # What is on its way to disk and nowhere else is not in the index yet: it comes there, maybe as another version.
+        known = index.row_of(key) is not None or self.room.is_writing(key)
+        if found.whole and not known and self.room.in_host(key, length, used_before=index.uses):
             self._hold_in_host(key, found.described, found.described.layers, found.data)
 
     async def in_thread(self, function: Callable[[], R]) -> R:

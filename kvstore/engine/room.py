@@ -105,11 +105,11 @@ class Room:
         return self._pins.holds(entry.row) and len(entry.tiers) == 1
 
     def _shrink_in_host(self, may_shrink: MayGo) -> bool:
-        """Where the disk has the object too, it may as well go from memory altogether."""
+        """Only where there is no disk: what that has, too, may as well go from memory altogether."""
+        if self._queue is not None:
+            return False
         self._expire()
-        entry = self._index.shrinkable(
-            "host", lambda entry: entry.tiers == ("host",) and not self._keeps(entry, "host") and may_shrink(entry)
-        )
+        entry = self._index.shrinkable("host", lambda entry: not self._keeps(entry, "host") and may_shrink(entry))
         if entry is None:
             return False
         layers = entry.layers_in("host") - 1

@@ -53,8 +53,7 @@ class Index:
         self.columns = Columns(len(self.tiers))
         self._on_forget = on_forget
         self._orders = {
-            name: TierOrder(self.columns, number, policy(), policy(), floor, is_held)
-            for number, name in enumerate(self.tiers)
+            name: TierOrder(self.columns, number, policy(), floor, is_held) for number, name in enumerate(self.tiers)
         }
         self._groups: list[tuple[bytes, int]] = []  # namespace and part, by number
         self._numbers: dict[tuple[bytes, int], int] = {}
@@ -184,7 +183,7 @@ class Index:
         self._count_change(row)
         order, parent = self._orders[tier], int(self.columns["parent"][row])
         if order.layers[row]:
-            order.resize(row, layers, _fingerprint(key.chunk_hash), now_s)
+            order.resize(row, layers)
         else:
             order.insert(row, parent, layers, _fingerprint(key.chunk_hash), now_s)
         return Entry(self, row)
@@ -207,7 +206,7 @@ class Index:
     def shrink(self, entry: Entry, tier: str, layers: int) -> None:
         """A tier now holds fewer quality layers of an object."""
         self._count_change(entry.row)
-        self._orders[tier].resize(entry.row, layers, _fingerprint(entry.key.chunk_hash), entry.last_use_s)
+        self._orders[tier].resize(entry.row, layers)
 
     def drop(self, entry: Entry, tier: str) -> None:
         """The object is no longer held in `tier`; forgets it when that was the last one. Idempotent."""
