@@ -35,7 +35,7 @@ def quality_name(value: int) -> str:
 def size(value: float) -> str:
     """Bytes with a binary unit, three significant digits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
+        if value < 999.5:  # 1000 would be shown as 1e+03
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"
