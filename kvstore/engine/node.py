@@ -68,7 +68,7 @@ class Node:
         self._metrics, self._clock = metrics, clock
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
-        self._staged_objects = self._staged_bytes = 0
+        self._staged_objects = self._staged_bytes = self._deletes = 0
 
     @classmethod
     async def open(
@@ -169,9 +169,11 @@ class Node:
             return []
         index = self._holdings.index
         absent = list(itertools.takewhile(lambda key: key == keys[0] or index.row_of(key) is None, keys))
+        deletes = self._deletes
         found = await self._shared.read(absent, quality)
-        for key, each in zip(absent, found, strict=False):
-            self._holdings.take_in(key, each)
+        if deletes == self._deletes:  # else it may be what was deleted meanwhile
+            for key, each in zip(absent, found, strict=False):
+                self._holdings.take_in(key, each)
         return found
 
     def offer(self, namespace_id: bytes, layout_bytes: bytes, part: int, objects: Sequence[Offer]) -> Stage:
@@ -222,20 +224,23 @@ class Node:
 
     async def delete(self, namespace_id: bytes, hashes: Sequence[bytes] | None, part: int) -> tuple[int, int]:
         """(objects, bytes) removed everywhere; the whole namespace, all its parts, without `hashes`."""
+        keys = None if hashes is None else [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in hashes]
+        removed = self._delete_here(namespace_id, keys)
+        if keys is None:
+            self._forget(namespace_id)
+        if self._shared is not None:
+            await (self._shared.purge(namespace_id) if keys is None else self._shared.delete(keys))
+            self._delete_here(namespace_id, keys)  # again: what was read from there until it was deleted there
+        await self._holdings.wait_for_writes()
+        return removed
+
+    def _delete_here(self, namespace_id: bytes, keys: Sequence[ObjectKey] | None) -> tuple[int, int]:
+        self._deletes += 1
         index = self._holdings.index
-        if hashes is None:
-            keys = index.keys(namespace_id)
-        else:
-            keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in hashes]
-        doomed = [entry for entry in map(index.get, keys) if entry is not None]
+        doomed = [entry for entry in map(index.get, index.keys(namespace_id) if keys is None else keys) if entry]
         freed = sum(entry.length for entry in doomed)
         for entry in doomed:
             self._holdings.delete(entry)
-        if hashes is None:
-            self._forget(namespace_id)
-        await self._holdings.wait_for_writes()
-        if self._shared is not None:
-            await (self._shared.purge(namespace_id) if hashes is None else self._shared.delete(keys))
         return len(doomed), freed
 
     def stat(self) -> NodeStat:

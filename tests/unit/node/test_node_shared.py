@@ -112,6 +112,32 @@ async def test_a_version_on_its_way_to_disk_is_not_mixed_with_another_from_redis
         assert await read(node, HIGH[0]) == HIGH[0].blob
 
 
+@pytest.mark.parametrize("everything", [False, True])
+async def test_what_is_deleted_while_it_is_read_from_redis_does_not_stay_here(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch, everything: bool
+) -> None:
+    stored_in(server, RAW)
+    async with opened(settings(server)) as node:
+        assert node._shared is not None
+        real, began, go_on = node._shared.tier.read_many, threading.Event(), threading.Event()
+
+        def slow(wanted: Any) -> Any:
+            read_before = real(wanted)
+            began.set()
+            go_on.wait(10)
+            return read_before
+
+        monkeypatch.setattr(node._shared.tier, "read_many", slow)
+        reading = asyncio.ensure_future(read_chain(node, RAW, codec.Quality.RAW))
+        await asyncio.to_thread(began.wait, 10)
+        hashes = None if everything else [chunk.hash for chunk in RAW]
+        await node.delete(LAYOUT.namespace_id, hashes, 0)
+        go_on.set()
+        assert await reading == [chunk.blob for chunk in RAW], "it came before"
+        assert found(node, RAW) == []
+        assert len(await node.find(LAYOUT.namespace_id, [chunk.hash for chunk in RAW], 0, 0)) == 0
+
+
 async def test_a_damaged_object_in_redis_is_a_miss_and_goes(server: RedisProcess) -> None:
     stored_in(server, RAW)
     (name,) = server.command("KEYS", f"*{RAW[1].hash.hex()}*") or [b""]
