@@ -22,6 +22,7 @@ from kvstore.index.index import Index, NewPolicy
 from kvstore.index.leases import Leases
 from kvstore.index.loading import load
 from kvstore.index.pins import Pins
+from kvstore.memory import return_memory, without_collecting
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, Tier
 from kvstore.tiers.disk import DiskTier
@@ -226,7 +227,9 @@ class Holdings:
 
     def _load(self, disk: DiskTier) -> None:
         now_s = self._clock()
-        load(self.index, "disk", disk.scan(), now_s)
+        with without_collecting():
+            load(self.index, "disk", disk.scan(), now_s)
+        return_memory()
         while disk.used_bytes > disk.capacity_bytes:
             entry = self.index.victim("disk", anything, now_s)
             assert entry is not None, "nothing is leased yet, so something is a leaf"

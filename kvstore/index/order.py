@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kvstore.index.columns import Columns
 from kvstore.index.hash_table import Rows
-from kvstore.policies.base import Policy
+from kvstore.policies.base import Loading, Policy
 from kvstore_codec import Quality
 
 MayGo = Callable[[int], bool]
@@ -55,8 +55,12 @@ class TierOrder:
         self.layers[rows] = columns["whole_layers"][rows]
         parents = columns["parent"][rows]
         self.children[:] += np.bincount(parents[parents >= 0], minlength=len(self.children)).astype(np.uint32)
-        lengths = columns["layer_bytes"][rows, self.layers[rows] - 1]
+        self._may_shrink_count += int(self._may_shrink_all(rows).sum())
         fingerprints = columns["hash"][rows, 0]
+        if isinstance(self._policy, Loading):
+            self._policy.load(fingerprints, parents)
+            return
+        lengths = columns["layer_bytes"][rows, self.layers[rows] - 1]
         for at in range(0, len(rows), 1 << 16):
             here = slice(at, at + (1 << 16))
             fields = (rows, fingerprints, parents, columns["depth"][rows], lengths)
@@ -64,7 +68,6 @@ class TierOrder:
                 *(field[here].tolist() for field in fields), strict=True
             ):
                 self._policy.insert(row, fingerprint, parent, depth, length, now_s)
-        self._may_shrink_count += int(self._may_shrink_all(rows).sum())
 
     def remove(self, row: int, parent: int) -> None:
         self._policy.remove(row)

@@ -6,7 +6,10 @@ Pure: no I/O, no bytes, no clock or randomness of its own, so the node and `kvst
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
 
 
 class Policy(Protocol):
@@ -36,4 +39,13 @@ class Policy(Protocol):
 
         `may_go` covers leases, pins and leafness: an object with children held may not go.
         """
+        ...
+
+
+@runtime_checkable
+class Loading(Protocol):
+    """A policy that takes what a tier held before a restart all at once: a million calls take seconds."""
+
+    def load(self, fingerprints: npt.NDArray[np.uint64], parents: npt.NDArray[np.int32]) -> None:
+        """Residents 0, 1, 2 … of a policy that has none, least recently used first; arguments as of `insert`."""
         ...

@@ -13,17 +13,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.policies.ghosts import Ghost, Ghosts
 from kvstore.policies.hazard import Hazard, Indices
 from kvstore.policies.leaves import Leaves
 
-#: Uses before the last, in groups: 0, 1, 2, 3, 4 to 7, more.
-GROUP_OF_USES = np.minimum(np.where(np.arange(256) < 3, np.arange(256), 2 + np.log2(np.arange(256).clip(1))), 5)
-GROUP_OF_USES = GROUP_OF_USES.astype(np.int64)
-GROUPS = 6
+#: Uses before the last, in groups: 0, 1, 2, 3, 4 to 7, 8 to 15, 16 to 31, more.
+GROUP_OF_USES = np.array([uses if uses < 3 else min(1 + uses.bit_length(), 7) for uses in range(256)], np.int64)
+#: What is expected of each before anything was learnt: more uses, the sooner the next.
+GROUP_PRIORS = (0.5, 1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 12.0)
 FORKS_MAX = 2
 KINDS = 2 * (FORKS_MAX + 1)
+#: The clock counts requests, each as long as a usual one has objects: what is large does not make the rest look older.
+REQUEST_TIME = 32
 WINDOW = 1024
 VICTIMS_SHARE = 1 / 32  # of a window
 #: Indices are computed anew after uses of this many objects, or this share of the residents if that is more.
@@ -35,7 +38,7 @@ class Gittins:
     name = "gittins"
 
     def __init__(self) -> None:
-        self._hazard = Hazard(GROUPS, KINDS)
+        self._hazard = Hazard(GROUP_PRIORS, KINDS)
         self._index = self._hazard.gittins()
         self._ranked_at = 0
         self._ghosts = Ghosts()
@@ -46,7 +49,7 @@ class Gittins:
         self._classes = np.zeros(slots, np.uint8)
         self._uses = np.zeros(slots, np.uint8)
         self._forks = np.zeros(slots, np.uint8)
-        self._clock = 0  # objects used
+        self._clock = 0
         self._path: list[int] = []  # of the request that is going on
         self._stored = False  # whether that has inserted any
         self._victims: list[int] = []  # the next last
@@ -76,11 +79,11 @@ class Gittins:
         while slot >= self._leaves.slots:
             self._grow()
         self._leaves.insert(slot, parent)
-        if parent in self._leaves and self._forks[parent] < FORKS_MAX:
-            self._forks[parent] += 1
         ghost = self._ghosts.take(fingerprint)
         if ghost is None:
             self._uses[slot] = self._forks[slot] = 0
+            if parent in self._leaves and self._forks[parent] < FORKS_MAX:
+                self._forks[parent] += 1
         else:
             self._hazard.end(np.array([ghost.class_]), np.array([ghost.used]), self._clock)
             self._uses[slot], self._forks[slot] = min(ghost.uses + 1, 255), ghost.forks
@@ -89,9 +92,22 @@ class Gittins:
         self._path.append(slot)
         self._stored = True
 
+    def load(self, fingerprints: NDArray[np.uint64], parents: NDArray[np.int32]) -> None:
+        """All are taken for newcomers that were used one after the other."""
+        count = len(fingerprints)
+        children = self._leaves.load(parents)
+        self._resize()
+        self._fingerprints[:count] = fingerprints
+        self._used[:count] = np.arange(count)
+        self._forks[:count] = np.minimum(children, FORKS_MAX)
+        self._begin(np.arange(count), (children > 0).astype(np.int64), count)
+
     def remove(self, slot: int) -> None:
         if self._used[slot] == self._clock:
             self._end_request()  # it may be on the path
+        if self._victims and self._victims[-1] == slot:
+            self._victims.pop()
+            self._follow(int(self._leaves.parents[slot]), slot)
         self._leaves.remove(slot)
         ghost = Ghost(int(self._used[slot]), int(self._classes[slot]), int(self._uses[slot]), int(self._forks[slot]))
         self._ghosts.add(int(self._fingerprints[slot]), ghost)
@@ -102,6 +118,11 @@ class Gittins:
         if found is None and self._leaves.release(now=True):
             found = self._lowest(may_go)
         return found
+
+    def _follow(self, parent: int, slot: int) -> None:
+        """Of one class and used at the same time, a victim's parent has the same index, so it is next."""
+        if parent >= 0 and self._classes[parent] == self._classes[slot] and self._used[parent] == self._used[slot]:
+            self._victims.append(parent)
 
     def _lowest(self, may_go: Callable[[int], bool]) -> int | None:
         while True:
@@ -124,7 +145,7 @@ class Gittins:
         if self._clock - self._ranked_at >= max(RANK_USES, RANK_SHARE * self._leaves.residents):
             self._index = self._hazard.gittins()
             self._ranked_at = self._clock
-        ranks = self._index[self._classes[window], self._hazard.ages(self._clock - self._used[window])]
+        ranks = self._hazard.rank(self._index, self._classes[window], self._clock - self._used[window])
         lowest = np.argsort(ranks, kind="stable")[: max(1, int(len(window) * VICTIMS_SHARE))]
         self._victims = window[lowest[::-1]].tolist()
         self._window_clock = self._clock
@@ -135,17 +156,22 @@ class Gittins:
         path, self._path, self._stored = self._path, [], False
         if not path:
             return
-        slots = np.asarray(path)
         inner = np.ones(len(path), np.int64)
         inner[-1] = 0
+        self._begin(np.asarray(path), inner, REQUEST_TIME)
+
+    def _begin(self, slots: NDArray[np.int64], inner: NDArray[np.int64], time: int) -> None:
         classes: Indices = (GROUP_OF_USES[self._uses[slots]] * (FORKS_MAX + 1) + self._forks[slots]) * 2 + inner
         self._classes[slots] = classes
         self._hazard.begin(classes)
-        self._clock += len(path)
+        self._clock += time
         self._hazard.pass_time(self._clock, self._leaves.residents)
 
     def _grow(self) -> None:
         self._leaves.grow()
+        self._resize()
+
+    def _resize(self) -> None:
         added = self._leaves.slots - len(self._used)
         self._fingerprints = np.append(self._fingerprints, np.zeros(added, np.uint64))
         self._used = np.append(self._used, np.zeros(added, np.int64))

@@ -14,37 +14,41 @@ Time is counted in uses of objects, so a trace replayed without its timing teach
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-#: Ages are told apart by half octaves, from the first bound on.
+#: Ages are told apart by octaves, from the first bound on.
 AGE_BOUND_FIRST = 16
-AGE_BOUNDS_PER_OCTAVE = 2
-AGES = 44
+AGES = 24
 EPOCHS = 512
 EPOCH_TIME_FIRST = 128
 #: Lives are followed until they are this many times as old as the residents are many.
 HORIZON_RESIDENTS = 64
 #: Uses that the hazards of a group, and of a class, must be based on to count as much as the rougher estimate.
-GROUP_PRIOR_USES = 64.0
-CLASS_PRIOR_USES = 128.0
-#: Without evidence, an age has this share of the hazard of the half octave before it: about 1/age, as heavy tails have.
+GROUP_PRIOR_USES = 256.0
+CLASS_PRIOR_USES = 2048.0
+#: Without evidence, an age has this share of the hazard of the age before it, an octave younger.
 FALL = 0.7
 #: What was learnt counts half after this time: a few hours of a busy node, or a few turnovers of a large one.
-HALF_LIFE = 1 << 18
+HALF_LIFE = 1 << 19
 HALF_LIFE_RESIDENTS = 4
 
 
 class Hazard:
-    """Of `groups` × `kinds` classes; a class is group · kinds + kind."""
+    """Of groups × kinds of lives: a class is group · kinds + kind."""
 
-    def __init__(self, groups: int, kinds: int) -> None:
+    def __init__(self, group_priors: Sequence[float], kinds: int) -> None:
+        """`group_priors`: hazards of the groups, relative to all lives, to begin with."""
+        groups = len(group_priors)
         classes = groups * kinds
+        self._group_priors = np.array(group_priors)[:, None]
         self._shape = (groups, kinds, AGES)
-        self._bounds = np.concatenate([[0.0], AGE_BOUND_FIRST * 2.0 ** (np.arange(AGES - 1) / AGE_BOUNDS_PER_OCTAVE)])
+        self._bounds = np.concatenate([[0.0], AGE_BOUND_FIRST * 2.0 ** np.arange(AGES - 1)])
         self._spans = np.diff(np.append(self._bounds, 2 * self._bounds[-1]))
         self._uses = np.zeros((classes, AGES))
         self._exposure = np.zeros((classes, AGES))
@@ -106,7 +110,9 @@ class Hazard:
         """[class, age] Uses per unit of time."""
         uses, exposure = self._uses.reshape(self._shape), self._exposure.reshape(self._shape)
         by_age = self._by_age(uses.sum((0, 1)), exposure.sum((0, 1)))
-        by_group = (uses.sum(1) + GROUP_PRIOR_USES) / (exposure.sum(1) + GROUP_PRIOR_USES / by_age)
+        by_group = (uses.sum(1) + GROUP_PRIOR_USES) / (
+            exposure.sum(1) + GROUP_PRIOR_USES / (self._group_priors * by_age)
+        )
         expected = (exposure * by_group[:, None]).sum((0, 2))
         of_kind = (uses.sum((0, 2)) + GROUP_PRIOR_USES) / (expected + GROUP_PRIOR_USES)
         rough = by_group[:, None] * of_kind[:, None]
@@ -133,3 +139,10 @@ class Hazard:
             spent = np.cumsum(reaches * times[:, age:], axis=1)
             best[:, age] = (earned / spent).max(axis=1)
         return best
+
+    def rank(self, index: Numbers, classes: Indices, times: Indices) -> Numbers:
+        """`index`, as `gittins` made it, of lives that are `times` old; straight between the beginnings of two ages."""
+        ages = self.ages(times)
+        younger, older = index[classes, ages], index[classes, np.minimum(ages + 1, AGES - 1)]
+        found: Numbers = younger + (older - younger) * ((times - self._bounds[ages]) / self._spans[ages])
+        return found

@@ -56,6 +56,21 @@ class Leaves:
         self._enter(slot)
         self.residents += 1
 
+    def load(self, parents: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Slots 0, 1, 2 …, none of which is a resident yet; the number of children of each."""
+        count = len(parents)
+        while count > self.slots:
+            self.grow()
+        self.parents[:count] = parents
+        children = np.bincount(parents[parents >= 0], minlength=count)
+        self._children[:count] = children
+        leaves = np.flatnonzero(children == 0)
+        self._leaves[: len(leaves)] = leaves
+        self._leaf_at[leaves] = np.arange(len(leaves))
+        self._leaf_count = len(leaves)
+        self.residents = count
+        return children
+
     def remove(self, slot: int) -> None:
         if self._children[slot]:  # gone before its children, as damage does: another will take its slot
             self.parents[(self.parents == slot) & (self._children >= 0)] = -1

@@ -12,7 +12,6 @@ a row it is `off`, and from time to time one call tries whether that is over (ci
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import logging
 import os
@@ -29,6 +28,7 @@ from numpy.typing import NDArray
 import kvstore_codec as codec
 from kvstore.errors import DiskUnusable, TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
+from kvstore.memory import return_memory
 from kvstore.tiers import disk_root
 from kvstore.tiers.base import Bytes, StoredObject
 from kvstore.tiers.circuit import Circuit
@@ -95,7 +95,7 @@ class DiskTier:
         blocks = int((-(-found.lengths // BLOCK_BYTES)).sum())
         self._used_bytes = blocks * BLOCK_BYTES + len(found.slots) * SLOT_BYTES
         del found
-        _return_memory()
+        return_memory()
 
     @property
     def used_bytes(self) -> int:
@@ -214,7 +214,7 @@ class DiskTier:
         """Raises TierFailed."""
         try:
             yield from self._index.stored()
-            _return_memory()
+            return_memory()
         except OSError as error:
             raise TierFailed(f"disk tier cannot be scanned: {error.strerror}", errno=error.errno) from error
 
@@ -304,10 +304,3 @@ def _column(slots: int, where: NDArray[np.int64], values: NDArray[np.int64]) -> 
     column = np.zeros(slots, np.uint64)
     column[where] = values
     return array("Q", column.tobytes())
-
-
-def _return_memory() -> None:
-    """glibc keeps the columns that a million objects were sorted in: 60 bytes each, for nothing."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)

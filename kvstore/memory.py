@@ -1,0 +1,28 @@
+"""The process's memory, where Python's own care is not enough."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def return_memory() -> None:
+    """Gives free memory back to the system. glibc keeps what a million objects were loaded through: hundreds of bytes
+    each, for nothing."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """While inside, cycles are not looked for: among millions of new tuples that takes a third of the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
