@@ -37,7 +37,7 @@ from redis_process import RedisProcess, free_ports
 from bench import soak_plot
 from bench.soak_client import SLACK_S
 
-HOST_MIB, DISK_MIB, REDIS_MIB = 12, 32, 24
+HOST_MIB, DISK_MIB, REDIS_MIB = 12, 24, 64
 NODE_ALIVE_PART = 0.4  # of the run, at its end
 NODE_LIVES_S = (15.0, 70.0)  # between kills
 REDIS_CALM_S = (5.0, 20.0)  # between its faults
@@ -154,7 +154,7 @@ class Soak:
         rng = random.Random(self.report.seed + 1)
         while not self._stop.wait(rng.uniform(*REDIS_CALM_S)):
             began_s = self._now_s()
-            if rng.random() < 0.5:
+            if rng.random() < 0.3:
                 self._redis.stop(signal.SIGKILL)
                 self._stop.wait(rng.uniform(*REDIS_GONE_S))
                 self._redis.start()
