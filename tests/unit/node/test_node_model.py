@@ -51,6 +51,7 @@ counts = st.integers(1, CHUNKS)
 operations = st.one_of(
     st.tuples(st.just("put"), prompts, counts, st.sampled_from(QUALITIES), st.booleans()),
     st.tuples(st.just("put"), prompts, counts, st.sampled_from(QUALITIES), st.booleans()),
+    st.tuples(st.just("hint"), prompts, counts, st.sampled_from(QUALITIES), st.sampled_from([(0, 1.0), (9, 3.0)])),
     st.tuples(st.just("cancel"), prompts, counts, st.sampled_from(QUALITIES), st.integers(0, 8)),
     st.tuples(st.just("abort"), prompts, counts, st.sampled_from(QUALITIES)),
     st.tuples(st.just("read"), prompts, counts),
@@ -89,12 +90,14 @@ def is_cut_of(data: bytes, whole: bytes) -> bool:
 
 async def act(node: Node, clock: FakeClock, model: Model, operation: Any) -> None:
     what, *rest = operation
-    if what in ("put", "cancel", "abort"):
+    if what in ("put", "hint", "cancel", "abort"):
         prompt, count, quality, detail = (*rest, None)[:4]
         chunks = STORED[quality, prompt][:count]
         if what == "put":
             results = await put(node, chunks, durable=detail)
             assert all(result.reason for result in results if result.outcome == "rejected")
+        elif what == "hint":
+            await node.commit(filled(node, chunks), durable=False, retain=detail)
         elif what == "abort":
             node.abort(offer(node, chunks))
         else:
@@ -141,7 +144,7 @@ async def run(layout: NodeConfig, todo: list[Any]) -> None:
             while todo and todo[0] != "reopen":
                 batch = todo.pop(0)
                 for operation in batch:
-                    if operation[0] in ("put", "cancel"):
+                    if operation[0] in ("put", "hint", "cancel"):
                         for chunk in STORED[operation[3], operation[1]][: operation[2]]:
                             model.under_way.setdefault(chunk.hash, set()).add(chunk.blob)
                 work: list[Coroutine[Any, Any, None]] = [act(node, clock, model, each) for each in batch]
