@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
@@ -105,11 +106,12 @@ def through_grpc(calls: int, *, putting: bool) -> list[Row]:
                 client.namespace(LAYOUT).put(tokens, kv, quality="raw", retain=(100, 3600))
             stub = FramedStoreStub(channel)
             whole = b"".join(ref.hash for ref in codec.chunk_refs(LAYOUT, tokens))
-            stop = multiprocessing.get_context("spawn").Event()
-            putter = multiprocessing.get_context("spawn").Process(target=_put_until, args=(address, stop))
+            spawn = multiprocessing.get_context("spawn")
+            stop, began_putting = spawn.Event(), spawn.Event()
+            putter = spawn.Process(target=_put_until, args=(address, began_putting, stop))
             if putting:
                 putter.start()
-                time.sleep(3.0)
+                began_putting.wait()
             rows = {"nothing": [], "lookup": []}  # type: dict[str, list[float]]
             for _ in range(calls):
                 for what, hashes in (("nothing", bytes(32)), ("lookup", whole)):
@@ -125,14 +127,15 @@ def through_grpc(calls: int, *, putting: bool) -> list[Row]:
     return [_row(f"gRPC, {what}, {busy}", seconds) for what, seconds in rows.items()]
 
 
-def _put_until(address: str, stop: object) -> None:
+def _put_until(address: str, began: Event, stop: Event) -> None:
     """Puts prompts of eight chunks of 4 MiB one after the other."""
     rng = np.random.default_rng(os.getpid())
     kv = rng.standard_normal((16, 2, 8 * 256, 4, 64)).astype(np.float16)
     with Client(address, deadline=60.0) as client:
         cache = client.namespace(PUT_LAYOUT)
-        while not stop.is_set():  # type: ignore[attr-defined]
+        while not stop.is_set():
             cache.put(rng.integers(0, 50_000, 8 * 256).tolist(), kv, quality="raw")
+            began.set()
 
 
 def _row(what: str, seconds: list[float]) -> Row:

@@ -118,8 +118,9 @@ def serve(
 
     flags = {
         "listen": listen, "node_id": node_id, "host_capacity": host_capacity, "huge_pages": huge_pages,
-        "disk_path": disk_path, "disk_capacity": disk_capacity, "disk_write": disk_write, "eviction_policy": eviction_policy,
-        "degrade_floor": degrade_floor, "soft_pin_share": soft_pin_share, "hard_pin_share": hard_pin_share,
+        "disk_path": disk_path, "disk_capacity": disk_capacity, "disk_write": disk_write,
+        "eviction_policy": eviction_policy, "degrade_floor": degrade_floor,
+        "soft_pin_share": soft_pin_share, "hard_pin_share": hard_pin_share,
         "object_bytes_max": object_bytes_max, "staged_bytes_max": staged_bytes_max,
         "stream_idle_s": stream_idle_s, "lease_ms_max": lease_ms_max, "shutdown_grace_s": shutdown_grace_s,
         "metrics_listen": metrics_listen, "redis_url": redis_url, "redis_cluster": redis_cluster,
@@ -259,9 +260,10 @@ def trace(
 ) -> None:
     """Replay a trace of requests: the hit rate of every eviction policy beside Belady's optimum."""
     from kvstore.cli import bench_trace
+    from kvstore.policies.choice import POLICIES
 
     options = bench_trace.Options(
-        capacities=tuple(capacity or bench_trace.CAPACITIES), policies=tuple(policy or bench_trace.POLICIES),
+        capacities=tuple(capacity or bench_trace.CAPACITIES), policies=tuple(policy or POLICIES),
         block_bytes=block_bytes, degrade=degrade, plot=plot,
     )  # fmt: skip
     bench_trace.bench_trace(file, options, json)
