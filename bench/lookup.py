@@ -98,8 +98,10 @@ async def _stored(node: Node, seed: int) -> list[bytes]:
 
 def through_grpc(calls: int, *, putting: bool) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
-        command: list[str | Path] = [KVSTORE, "serve", "--listen", "127.0.0.1:0", "--host-capacity", "512MiB", "--log-level", "warning",
-                   "--disk-path", f"{folder}/disk", "--disk-capacity", "2GiB"]  # fmt: skip
+        command: list[str | Path] = [
+            KVSTORE, "serve", "--listen", "127.0.0.1:0", "--host-capacity", "512MiB", "--log-level", "warning",
+            "--disk-path", f"{folder}/disk", "--disk-capacity", "2GiB",
+        ]  # fmt: skip
         with server_process(command) as address, channel_to(address) as channel:
             tokens, kv = prompt(0)
             with Client(address, deadline=60.0, strict=True) as client:
