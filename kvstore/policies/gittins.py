@@ -28,7 +28,7 @@ KINDS = 2 * (FORKS_MAX + 1)
 #: The clock counts requests, each as long as a usual one has objects: what is large does not make the rest look older.
 REQUEST_TIME = 32
 WINDOW = 1024
-VICTIMS_SHARE = 1 / 32  # of a window
+VICTIMS_SHARE = 1 / 128  # of a window
 #: Indices are computed anew after uses of this many objects, or this share of the residents if that is more.
 RANK_USES = 1024
 RANK_SHARE = 1 / 16

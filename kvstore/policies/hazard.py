@@ -25,15 +25,15 @@ Indices = NDArray[np.int64]
 #: Ages are told apart by octaves, from the first bound on.
 AGE_BOUND_FIRST = 16
 AGES = 24
-EPOCHS = 512
-EPOCH_TIME_FIRST = 128
+EPOCHS = 2048
+EPOCH_TIME_FIRST = 32
 #: Lives are followed until they are this many times as old as the residents are many.
 HORIZON_RESIDENTS = 64
 #: Uses that the hazards of a group, and of a class, must be based on to count as much as the rougher estimate.
 GROUP_PRIOR_USES = 256.0
 CLASS_PRIOR_USES = 2048.0
 #: Without evidence, an age has this share of the hazard of the age before it, an octave younger.
-FALL = 0.7
+FALL = 0.5
 #: What was learnt counts half after this time: a few hours of a busy node, or a few turnovers of a large one.
 HALF_LIFE = 1 << 19
 HALF_LIFE_RESIDENTS = 4

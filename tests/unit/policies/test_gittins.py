@@ -17,7 +17,7 @@ from kvstore.policies.workloads import WORKLOADS
 
 def test_hazards_are_uses_over_time_at_risk() -> None:
     """Class 0 comes back after 1,000 uses of others with certainty, class 1 never does."""
-    hazard = Hazard(2, 1)
+    hazard = Hazard((1.0, 1.0), 1)
     for now in range(0, 60_000, 10):
         hazard.begin(np.array([0, 1]))
         if now >= 1000:
@@ -33,15 +33,16 @@ def test_hazards_are_uses_over_time_at_risk() -> None:
 
 
 def test_without_evidence_the_older_is_worth_less() -> None:
-    index = Hazard(1, 1).gittins()[0]
+    index = Hazard((1.0,), 1).gittins()[0]
     assert (np.diff(index) < 0).all()
 
 
 def test_long_lives_are_followed_after_epochs_were_merged() -> None:
-    hazard = Hazard(1, 1)
-    hazard.begin(np.array([0]))
+    hazard = Hazard((1.0,), 1)
+    lives = np.zeros(1 << 14, np.int64)
+    hazard.begin(lives)
     hazard.pass_time(1 << 20, 1 << 16)
-    hazard.end(np.array([0]), np.array([0]), 1 << 20)
+    hazard.end(lives, np.zeros_like(lives), 1 << 20)
     found = hazard.hazards()[0]
     assert found[hazard.ages(np.array([1 << 20]))[0]] > found[hazard.ages(np.array([1 << 18]))[0]]
 
