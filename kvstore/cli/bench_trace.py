@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CAPACITIES = ("1%", "3%", "10%", "30%")
 OPTIMUM = "belady"
+WIDTH = 120
 NEEDS = ("zstandard", "matplotlib")
 INSTALL = "pip install 'llm-kvstore[bench]'"
 #: Tenths of a bit an element, as measured without a profile (docs/codec-evaluation.md): high, medium, low.
@@ -63,7 +65,7 @@ class Replayed:
 
 
 def bench_trace(path: Path, options: Options, json: bool) -> None:
-    """Raises CommandFailed or TraceUnusable, in one line each, where the file or an option cannot be used."""
+    """Raises CommandFailed, in one line, where the file or an option cannot be used."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise CommandFailed(f"bench trace needs {', '.join(missing)}: {INSTALL}", ExitCode.USAGE)
@@ -75,7 +77,10 @@ def bench_trace(path: Path, options: Options, json: bool) -> None:
 
     if options.plot is not None:
         trace_plot.check(options.plot)
-    trace = traces.load(path)
+    try:
+        trace = traces.load(path)
+    except traces.TraceUnusable as error:
+        raise CommandFailed(str(error), ExitCode.USAGE) from None
     capacities = [_capacity(text, trace.unique_blocks, options.block_bytes) for text in options.capacities]
     results = _replay_all(trace, capacities, options)
     if options.plot is not None:
@@ -83,8 +88,10 @@ def bench_trace(path: Path, options: Options, json: bool) -> None:
     if json:
         render.print_json(_report_json(trace, results))
         return
+    # In a file, or behind a pipe, no width is given and nothing may be cut off.
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     for table in _tables(trace, results):
-        Console().print(table)
+        console.print(table)
 
 
 def _replay_all(trace: Trace, capacities: Sequence[Capacity], options: Options) -> list[Replayed]:

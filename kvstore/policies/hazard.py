@@ -15,6 +15,7 @@ Time is counted in uses of objects, so a trace replayed without its timing teach
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,7 +141,7 @@ class Hazard:
             best[:, age] = (earned / spent).max(axis=1)
         return best
 
-    def rank(self, index: Numbers, classes: Indices, times: Indices) -> Numbers:
+    def rank(self, index: Numbers, classes: NDArray[np.integer[Any]], times: Indices) -> Numbers:
         """`index`, as `gittins` made it, of lives that are `times` old; straight between the beginnings of two ages."""
         ages = self.ages(times)
         younger, older = index[classes, ages], index[classes, np.minimum(ages + 1, AGES - 1)]

@@ -6,13 +6,12 @@ The format of the Mooncake traces (kvcache-ai/Mooncake): one JSON object a line 
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import zstandard
 
@@ -90,23 +89,25 @@ def number(name: str, requests: Iterable[tuple[float, Sequence[Any], int | None]
 def load(path: Path) -> Trace:
     """Raises TraceUnusable, which names what is wrong."""
     try:
-        with path.open("rb") as file:
-            return number(path.name, _requests(_lines(file), path))
+        text = _plain(path.read_bytes(), path).decode()
     except OSError as error:
         raise TraceUnusable(f"{path}: {error.strerror}") from None
     except (zstandard.ZstdError, UnicodeDecodeError) as error:
         raise TraceUnusable(f"{path} is damaged or not a trace of JSON lines: {error}") from None
+    return number(path.name, _requests(text.splitlines(), path))
 
 
-def _lines(file: BinaryIO) -> Iterator[str]:
-    compressed = file.read(len(ZSTD_MAGIC)) == ZSTD_MAGIC
-    file.seek(0)
-    stream = (
-        cast(BinaryIO, zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-        if compressed
-        else file
-    )
-    yield from io.TextIOWrapper(stream, encoding="utf-8")
+def _plain(data: bytes, path: Path) -> bytes:
+    if not data.startswith(ZSTD_MAGIC):
+        return data
+    plain = bytearray()
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        plain += frame.decompress(data)
+        if not frame.eof:  # the library takes a file that was cut off for a short one
+            raise TraceUnusable(f"{path} is damaged: it ends inside a zstd frame; fetch it again")
+        data = frame.unused_data
+    return bytes(plain)
 
 
 def _requests(lines: Iterable[str], path: Path) -> Iterator[tuple[float, list[Any], int | None]]:

@@ -107,6 +107,12 @@ def test_plain_and_compressed_traces_are_the_same(tmp_path: Path) -> None:
         assert (trace.block_tokens, trace.renamed) == (512, False)
 
 
+def test_every_frame_of_a_compressed_trace_is_read(tmp_path: Path) -> None:
+    frames = [zstandard.compress(lines({"timestamp": time, "hash_ids": [time]})) for time in (1, 2)]
+    (tmp_path / "trace.zst").write_bytes(b"".join(frames))
+    assert load(tmp_path / "trace.zst").requests == [[0], [1]]
+
+
 def test_ids_that_are_not_of_prefixes_are_told_apart_by_prefix() -> None:
     trace = trace_of("ax", "bx", "ax")
     assert trace.renamed
