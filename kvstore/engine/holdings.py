@@ -228,7 +228,7 @@ class Holdings:
     def _load(self, disk: DiskTier) -> None:
         now_s = self._clock()
         with without_collecting():
-            load(self.index, "disk", disk.scan(), now_s)
+            load(self.index, "disk", disk.scan_columns(), now_s)
         return_memory()
         while disk.used_bytes > disk.capacity_bytes:
             entry = self.index.victim("disk", anything, now_s)

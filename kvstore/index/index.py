@@ -121,15 +121,23 @@ class Index:
     def layers_by_tier(self, row: int) -> list[int]:
         return [int(order.layers[row]) for order in self._orders.values()]
 
-    def enter(self, rows: Rows, keys: Sequence[ObjectKey]) -> None:
-        """Gives new objects their rows."""
+    def enter(
+        self, rows: Rows, namespaces: npt.NDArray[np.uint64], parts: npt.NDArray[np.uint32],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:  # fmt: skip
+        """Gives new objects their rows. `namespaces`, `hashes`: [n, 4], 32 bytes as numbers."""
         columns = self.columns
-        columns["hash"][rows] = words(b"".join(key.chunk_hash for key in keys))
-        columns["group"][rows] = groups = np.array([self._group(key.namespace_id, key.part) for key in keys], np.uint32)
-        for group in np.unique(groups).tolist():
-            self._table.enter(group, rows[groups == group])
-        self._count += len(keys)
-        self._uses += len(keys)
+        columns["hash"][rows] = hashes
+        names = np.column_stack([namespaces, parts])
+        left = np.arange(len(rows))
+        while len(left):  # the objects of one group after the other: there are few
+            alike = (names[left] == names[left[0]]).all(axis=1)
+            here, name = rows[left[alike]], names[left[0]]
+            columns["group"][here] = group = self._group(name[:4].tobytes(), int(name[4]))
+            self._table.enter(group, here)
+            left = left[~alike]
+        self._count += len(rows)
+        self._uses += len(rows)
 
     def find_parents(self, rows: Rows, parents: npt.NDArray[np.uint64]) -> Rows:
         """The row of each row's parent, which is in the same group; -1: not stored. `parents`: hashes as [n, 4]."""

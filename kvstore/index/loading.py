@@ -5,52 +5,38 @@ Column by column where `Index.add` goes object by object; the result is the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.index.hash_table import words
 from kvstore.index.index import DEPTH_MAX, Index
-from kvstore.tiers.base import StoredObject
-
-PIECE = 1 << 14
+from kvstore.tiers.base import StoredColumns
 
 
-def load(index: Index, tier: str, stored: Iterable[StoredObject], now_s: float) -> None:
+def load(index: Index, tier: str, stored: Iterable[StoredColumns], now_s: float) -> None:
     """`stored`: each object once, least recently used first."""
     assert not len(index), "only an empty index is loaded"
-    parents = [_append(index, piece, now_s) for piece in _pieces(stored)]
+    parents = [_append(index, piece, now_s) for piece in stored]
     if parents:
         _link(index, np.concatenate(parents))
         index.order(tier).load(np.arange(len(index)), now_s)
 
 
-def _pieces(stored: Iterable[StoredObject]) -> Iterator[list[StoredObject]]:
-    remaining = iter(stored)
-    while piece := list(islice(remaining, PIECE)):
-        yield piece
-
-
-def _append(index: Index, piece: list[StoredObject], now_s: float) -> npt.NDArray[np.uint64]:
+def _append(index: Index, piece: StoredColumns, now_s: float) -> npt.NDArray[np.uint64]:
     """The hashes of their parents, [n, 4]."""
     columns = index.columns
-    rows = columns.take_many(len(piece))
-    keys, parents, first_positions, tokens, qualities, provenances, layer_bytes, *_ = zip(*piece, strict=True)
-    index.enter(rows, keys)
-    columns["first_position"][rows] = first_positions
-    columns["tokens"][rows] = tokens
-    columns["quality"][rows] = qualities
-    columns["provenance"][rows] = provenances
-    layers = np.fromiter(map(len, layer_bytes), np.uint8, len(piece))
-    columns["whole_layers"][rows] = layers
-    for count in np.unique(layers).tolist():
-        alike = np.flatnonzero(layers == count)
-        columns["layer_bytes"][rows[alike], :count] = [layer_bytes[number] for number in alike.tolist()]
+    rows = columns.take_many(len(piece.tokens))
+    index.enter(rows, piece.namespaces, piece.parts, piece.hashes)
+    columns["first_position"][rows] = piece.first_positions
+    columns["tokens"][rows] = piece.tokens
+    columns["quality"][rows] = piece.qualities
+    columns["provenance"][rows] = piece.provenances
+    columns["whole_layers"][rows] = piece.layers
+    columns["layer_bytes"][rows] = piece.layer_bytes
     columns["last_use"][rows] = rows
     columns["last_use_s"][rows] = now_s
-    return words(b"".join(parents))
+    return piece.parents.copy()  # of memory that would else keep the whole piece
 
 
 def _link(index: Index, parents: npt.NDArray[np.uint64]) -> None:

@@ -93,14 +93,14 @@ class Gittins:
         self._stored = True
 
     def load(self, fingerprints: NDArray[np.uint64], parents: NDArray[np.int32]) -> None:
-        """All are taken for newcomers that were used one after the other."""
+        """All are taken for newcomers, used one after the other before time began: nothing is learnt from them."""
         count = len(fingerprints)
         children = self._leaves.load(parents)
         self._resize()
         self._fingerprints[:count] = fingerprints
-        self._used[:count] = np.arange(count)
+        self._used[:count] = np.arange(count) - count
         self._forks[:count] = np.minimum(children, FORKS_MAX)
-        self._begin(np.arange(count), (children > 0).astype(np.int64), count)
+        self._classes[:count] = self._classes_of(np.arange(count), (children > 0).astype(np.int64))
 
     def remove(self, slot: int) -> None:
         if self._used[slot] == self._clock:
@@ -158,14 +158,15 @@ class Gittins:
             return
         inner = np.ones(len(path), np.int64)
         inner[-1] = 0
-        self._begin(np.asarray(path), inner, REQUEST_TIME)
-
-    def _begin(self, slots: NDArray[np.int64], inner: NDArray[np.int64], time: int) -> None:
-        classes: Indices = (GROUP_OF_USES[self._uses[slots]] * (FORKS_MAX + 1) + self._forks[slots]) * 2 + inner
+        slots = np.asarray(path)
+        classes = self._classes_of(slots, inner)
         self._classes[slots] = classes
         self._hazard.begin(classes)
-        self._clock += time
+        self._clock += REQUEST_TIME
         self._hazard.pass_time(self._clock, self._leaves.residents)
+
+    def _classes_of(self, slots: NDArray[np.int64], inner: NDArray[np.int64]) -> Indices:
+        return (GROUP_OF_USES[self._uses[slots]] * (FORKS_MAX + 1) + self._forks[slots]) * 2 + inner
 
     def _grow(self) -> None:
         self._leaves.grow()

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.index.entry import ObjectKey
 
 Bytes = bytes | bytearray | memoryview
@@ -26,6 +29,22 @@ class StoredObject(NamedTuple):
     provenance: int
     layer_bytes: tuple[int, ...]
     length: int
+
+
+class StoredColumns(NamedTuple):
+    """Objects found by a scan, as columns. `namespaces`, `hashes` and `parents`: [n, 4], 32 bytes as numbers;
+    `layers`: quality layers held; `layer_bytes`: [n, 3], zeros for those that are not held; all as of StoredObject."""
+
+    namespaces: npt.NDArray[np.uint64]
+    hashes: npt.NDArray[np.uint64]
+    parts: npt.NDArray[np.uint32]
+    parents: npt.NDArray[np.uint64]
+    first_positions: npt.NDArray[np.uint64]
+    tokens: npt.NDArray[np.uint32]
+    qualities: npt.NDArray[np.int64]
+    provenances: npt.NDArray[np.uint8]
+    layers: npt.NDArray[np.int64]
+    layer_bytes: npt.NDArray[np.uint64]
 
 
 class Tier(Protocol):

@@ -30,7 +30,7 @@ from kvstore.errors import DiskUnusable, TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
 from kvstore.memory import return_memory
 from kvstore.tiers import disk_root
-from kvstore.tiers.base import Bytes, StoredObject
+from kvstore.tiers.base import Bytes, StoredColumns, StoredObject
 from kvstore.tiers.circuit import Circuit
 from kvstore.tiers.disk_index import SLOT_BYTES, IndexFile, Slot, fingerprint
 from kvstore.tiers.disk_recovery import recover
@@ -215,6 +215,13 @@ class DiskTier:
         try:
             yield from self._index.stored()
             return_memory()
+        except OSError as error:
+            raise TierFailed(f"disk tier cannot be scanned: {error.strerror}", errno=error.errno) from error
+
+    def scan_columns(self) -> Iterator[StoredColumns]:
+        """`scan` as columns. Raises TierFailed."""
+        try:
+            yield from self._index.stored_columns()
         except OSError as error:
             raise TierFailed(f"disk tier cannot be scanned: {error.strerror}", errno=error.errno) from error
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 import kvstore_codec as codec
 from kvstore.errors import DiskUnusable
 from kvstore.index.entry import ObjectKey
-from kvstore.tiers.base import StoredObject
+from kvstore.tiers.base import StoredColumns, StoredObject
 from kvstore.tiers.disk_segments import data_runs, punch
 from kvstore.tiers.disk_writer import BLOCK_BYTES
 from kvstore_codec import Quality
@@ -49,6 +49,17 @@ _ZEROS = bytes(SLOT_BYTES)
 #: position, quality, quality layers, provenance, bytes of each quality layer; parent, length held.
 _FIELDS = struct.Struct("<8x32s32sIIQ2xBBB43xQQQ32x32s8xQ16x")
 assert _FIELDS.size == SLOT_BYTES
+_COLUMNS = np.dtype(
+    {
+        "names": [
+            "namespace", "hash", "part", "tokens", "first_position", "quality", "layers", "provenance", "layer_bytes",
+            "parent", "length",
+        ],
+        "formats": [("<u8", 4), ("<u8", 4), "<u4", "<u4", "<u8", "u1", "u1", "u1", ("<u8", 3), ("<u8", 4), "<u8"],
+        "offsets": [8, 40, 72, 76, 80, 90, 91, 92, 136, 192, 232],
+        "itemsize": SLOT_BYTES,
+    }
+)  # fmt: skip
 _ROW = np.dtype(
     {
         "names": ["segment", "block", "length", "checksum", "last_use"],
@@ -216,6 +227,15 @@ class IndexFile:
 
     def stored(self) -> Iterator[StoredObject]:
         """Every object, least recently used first. Raises OSError."""
+        for raw in self._raw_in_order():
+            yield from map(_stored, _FIELDS.iter_unpack(raw))
+
+    def stored_columns(self) -> Iterator[StoredColumns]:
+        """The same as columns, some thousands of objects at a time. Raises OSError."""
+        return map(_columns, self._raw_in_order())
+
+    def _raw_in_order(self) -> Iterator[bytes]:
+        """All slots of objects, least recently used first, in pieces."""
         numbers: list[NDArray[np.int64]] = []
         uses: list[NDArray[np.uint64]] = []
         for first, raw in self._pieces():
@@ -227,8 +247,7 @@ class IndexFile:
         for at in range(0, len(slots), _PIECE_SLOTS):
             piece = slots[at : at + _PIECE_SLOTS]
             runs = np.split(piece, np.flatnonzero(np.diff(piece) != 1) + 1)
-            raw = b"".join(self._read(int(run[0]), len(run)) for run in runs if len(run))
-            yield from map(_stored, _FIELDS.iter_unpack(raw))
+            yield b"".join(self._read(int(run[0]), len(run)) for run in runs if len(run))
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -271,6 +290,19 @@ def _stored(fields: tuple[Any, ...]) -> StoredObject:
     key = _new(ObjectKey, (namespace_id, chunk_hash, part))
     return _new(
         StoredObject, (key, parent, first_position, tokens, quality, provenance, layer_bytes, length)
+    )  # fmt: skip
+
+
+def _columns(raw: bytes) -> StoredColumns:
+    rows = np.frombuffer(raw, _COLUMNS)
+    lengths, layers = rows["layer_bytes"], rows["layers"].astype(np.int64)
+    # Cut after it was put, or before: then the layers that its length still holds.
+    there = (lengths <= rows["length"][:, None]) & (np.arange(lengths.shape[1]) < layers[:, None])
+    held = there.sum(axis=1)
+    quality = np.where(held < layers, Quality.LOW + 1 - held, rows["quality"])
+    return StoredColumns(
+        rows["namespace"], rows["hash"], rows["part"], rows["parent"], rows["first_position"], rows["tokens"], quality,
+        rows["provenance"], held, np.where(there, lengths, 0),
     )  # fmt: skip
 
 

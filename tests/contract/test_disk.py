@@ -362,3 +362,29 @@ def test_an_index_that_is_a_link_is_not_followed(root: Path, reopen: Callable[[]
     (root / "index").symlink_to(kept)
     with pytest.raises(DiskUnusable, match="cannot be used"):
         reopen()
+
+
+def test_a_scan_tells_the_same_as_columns(reopen: Callable[[], DiskTier]) -> None:
+    tier = reopen()
+    high = kv.chunks(LAYOUT, 4, seed=9, quality="high")
+    for chunk in (*CHUNKS, *high):
+        put(tier, chunk)
+    header = codec.parse_header(high[0].blob)
+    tier.truncate(key_of(high[0]), header.layer_bytes[0])
+    tier.truncate(key_of(high[1]), header.layer_bytes[1])
+    tier = reopen()
+    one_by_one = list(tier.scan())
+    columns = list(tier.scan_columns())
+    assert len(one_by_one) == len(CHUNKS) + 4 == sum(len(piece.tokens) for piece in columns)
+    at = iter(one_by_one)
+    for piece in columns:
+        for row in range(len(piece.tokens)):
+            each = next(at)
+            key = (piece.namespaces[row].tobytes(), piece.hashes[row].tobytes(), int(piece.parts[row]))
+            assert key == each.key
+            assert piece.parents[row].tobytes() == each.parent
+            numbers = (piece.first_positions, piece.tokens, piece.qualities, piece.provenances)
+            assert [int(column[row]) for column in numbers] == [
+                each.first_position, each.tokens, each.quality, each.provenance,
+            ]  # fmt: skip
+            assert tuple(piece.layer_bytes[row, : piece.layers[row]].tolist()) == each.layer_bytes

@@ -13,7 +13,7 @@ from kvstore.index.hash_table import HashTable, words
 from kvstore.index.index import Index
 from kvstore.index.loading import load
 from kvstore.policies.lru import Lru
-from kvstore.tiers.base import StoredObject
+from kvstore.tiers.base import StoredColumns, StoredObject
 
 Key = tuple[int, bytes]
 
@@ -95,6 +95,19 @@ def test_it_grows_and_forgets_what_is_gone() -> None:
     assert tables.table.nbytes <= before
 
 
+def columns_of(stored: list[StoredObject]) -> StoredColumns:
+    lengths = [(*each.layer_bytes, 0, 0)[:3] for each in stored]
+    return StoredColumns(
+        words(b"".join(each.key.namespace_id for each in stored)),
+        words(b"".join(each.key.chunk_hash for each in stored)),
+        np.array([each.key.part for each in stored], np.uint32), words(b"".join(each.parent for each in stored)),
+        np.array([each.first_position for each in stored], np.uint64),
+        np.array([each.tokens for each in stored], np.uint32), np.array([each.quality for each in stored]),
+        np.array([each.provenance for each in stored], np.uint8), np.array([len(each.layer_bytes) for each in stored]),
+        np.array(lengths, np.uint64),
+    )  # fmt: skip
+
+
 def test_loading_is_the_same_as_adding_one_by_one() -> None:
 
     rng = np.random.default_rng(2)
@@ -112,7 +125,7 @@ def test_loading_is_the_same_as_adding_one_by_one() -> None:
     stored = [each for number, each in enumerate(stored) if number % 7 != 3]  # some parents are missing
     order = rng.permutation(len(stored))
     loaded, added = Index(("host", "disk"), Lru), Index(("host", "disk"), Lru)
-    load(loaded, "disk", [stored[number] for number in order], 5.0)
+    load(loaded, "disk", [columns_of([stored[number] for number in order])], 5.0)
     for number in order:
         each = stored[number]
         described = described_of(each)
