@@ -113,9 +113,9 @@ class Gittins:
         self._ghosts.add(int(self._fingerprints[slot]), ghost)
 
     def victim(self, may_go: Callable[[int], bool]) -> int | None:
-        self._leaves.release()
+        self._leaves.release(may_go)
         found = self._lowest(may_go)
-        if found is None and self._leaves.release(now=True):
+        if found is None and self._leaves.release(may_go, now=True):
             found = self._lowest(may_go)
         return found
 
@@ -125,6 +125,7 @@ class Gittins:
             self._victims.append(parent)
 
     def _lowest(self, may_go: Callable[[int], bool]) -> int | None:
+        share = VICTIMS_SHARE
         while True:
             while self._victims:
                 slot = self._victims.pop()
@@ -134,11 +135,12 @@ class Gittins:
                     self._victims.append(slot)
                     return slot
                 self._leaves.hold(slot)
-            if not self._draw():
+            if not self._draw(share):
                 return None
+            share = min(2 * share, 1.0)  # where many may not go, for leases, a few at a time would take long
 
-    def _draw(self) -> bool:
-        """Ranks a window of leaves. Returns False where there are none."""
+    def _draw(self, share: float) -> bool:
+        """Ranks a window of leaves; that share of it is next. Returns False where there are none."""
         window = self._leaves.window(WINDOW)
         if not len(window):
             return False
@@ -146,7 +148,7 @@ class Gittins:
             self._index = self._hazard.gittins()
             self._ranked_at = self._clock
         ranks = self._hazard.rank(self._index, self._classes[window], self._clock - self._used[window])
-        lowest = np.argsort(ranks, kind="stable")[: max(1, int(len(window) * VICTIMS_SHARE))]
+        lowest = np.argsort(ranks, kind="stable")[: max(1, int(len(window) * share))]
         self._victims = window[lowest[::-1]].tolist()
         self._window_clock = self._clock
         return True

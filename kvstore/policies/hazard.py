@@ -65,7 +65,7 @@ class Hazard:
 
     def begin(self, classes: Indices) -> None:
         """Lives begin now."""
-        np.add.at(self._going_on[:, self._epoch], classes, 1.0)
+        np.add.at(self._going_on.reshape(-1), classes * EPOCHS + self._epoch, 1.0)
 
     def end(self, classes: Indices, began: Indices, now: int) -> None:
         """Lives ended by a use. `began`: their times of beginning."""
@@ -73,8 +73,9 @@ class Hazard:
         known = epochs >= 0
         if not known.all():
             classes, began, epochs = classes[known], began[known], epochs[known]
-        np.subtract.at(self._going_on, (classes, epochs), 1.0)
-        np.add.at(self._uses, (classes, self.ages(now - began)), 1.0)
+        # By one index a number, which NumPy does several times as fast as by two.
+        np.subtract.at(self._going_on.reshape(-1), classes * EPOCHS + epochs, 1.0)
+        np.add.at(self._uses.reshape(-1), classes * AGES + self.ages(now - began), 1.0)
 
     def pass_time(self, now: int, residents: int) -> None:
         """Accounts for the time that lives went through up to `now`."""

@@ -5,6 +5,8 @@ Columns of numbers, a row a slot: a million residents are a few dozen megabytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -89,16 +91,19 @@ class Leaves:
         self._leave(slot)
         self._held.append(slot)
 
-    def release(self, *, now: bool = False) -> bool:
-        """Those held are drawn again, `now` or if it is time. Returns whether any was."""
+    def release(self, may_go: Callable[[int], bool], *, now: bool = False) -> bool:
+        """Those held that may go are drawn again, `now` or if it is time. Returns whether any is."""
         if not self._held or not (now or self._removals_since_retry > HELD_RETRY_SHARE * self.residents):
             return False
-        for slot in self._held:
+        held, self._held = self._held, []
+        for slot in held:
             if self._children[slot] == 0:
-                self._enter(slot)
-        self._held.clear()
+                if may_go(slot):
+                    self._enter(slot)
+                elif self._leaf_at[slot] < 0:
+                    self._held.append(slot)
         self._removals_since_retry = 0
-        return True
+        return len(self._held) < len(held)
 
     def window(self, size: int) -> NDArray[np.int32]:
         """The next `size` leaves, or all if there are fewer."""
