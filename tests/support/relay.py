@@ -57,5 +57,6 @@ class Relay:
             while data := server.recv(_PIECE_BYTES):
                 while data:
                     self._closed.wait(self._pause_s)
-                    client.sendall(data[: self._piece_bytes])
-                    data = data[self._piece_bytes :]
+                    piece_bytes = self._piece_bytes  # which may change while it sends
+                    client.sendall(data[:piece_bytes])
+                    data = data[piece_bytes:]
