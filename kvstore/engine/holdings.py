@@ -113,13 +113,16 @@ class Holdings:
         """Stores a whole object in memory (`in_host`: there is room) and, as configured or `durable`, queues its write
         to disk.
 
-        A worse version makes way. The result is whether it is in memory, and what tells when and whether it is on
+        A worse version makes way, unless it is leased or pinned and there is no room in memory: it would be gone until
+        the better one is on disk. The result is whether it is in memory, and what tells when and whether it is on
         disk: None where there is no disk or no room on it. Nothing of this key is being written."""
         # On disk a replacement stands beside what it replaces for a moment: that may go first.
         wants_disk = not in_host or durable or self._disk_write != "demote"
         to_disk = wants_disk and self.room.on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
         in_host = in_host and self._put_in_host(key, described.parent, data)
         worse = self.index.get(key)
+        if worse is not None and not in_host and self._is_held(worse):
+            return False, None
         on_disk = worse.length_in("disk") if worse is not None else 0
         if worse is not None and (in_host or to_disk):
             if in_host:
@@ -220,6 +223,12 @@ class Holdings:
 
     def _demote(self, entry: Entry) -> bool:
         return self.persist(entry) is not None
+
+    def _is_held(self, entry: Entry) -> bool:
+        now_s = self._clock()
+        self.leases.expire(now_s)
+        self.pins.expire(now_s)
+        return self.leases.holds(entry.row) or self.pins.holds(entry.row)
 
     def _forget(self, row: int) -> None:
         self.leases.forget(row)

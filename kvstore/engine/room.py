@@ -98,11 +98,13 @@ class Room:
         return self._queue is not None and self._queue.is_writing(key)
 
     def _keeps(self, entry: Entry, tier: str) -> bool:
-        """Reasons of the engine's to keep a copy where it is: it is on its way to disk, or the last of a pinned
-        object."""
+        """Reasons of the engine's to keep a copy as it is: it is on its way to disk; or its object is pinned, and only
+        memory's copy may go, where the disk has as much of it."""
         if tier == "host" and self.is_writing(entry.key):
             return True
-        return self._pins.holds(entry.row) and len(entry.tiers) == 1
+        if not self._pins.holds(entry.row):
+            return False
+        return tier == "disk" or entry.layers_in("disk") < entry.layers_in("host")
 
     def _shrink_in_host(self, may_shrink: MayGo) -> bool:
         """Only where there is no disk: what that has, too, may as well go from memory altogether."""

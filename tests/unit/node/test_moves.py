@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,28 @@ async def test_leased_objects_neither_shrink_nor_go(tmp_path: Path) -> None:
         }  # fmt: skip
 
 
+@pytest.mark.parametrize("by", ["lease", "pin"])
+async def test_a_better_version_that_only_the_disk_has_room_for_waits_until_nothing_holds_the_worse(
+    tmp_path: Path, by: str
+) -> None:
+    clock = FakeClock()
+    low = kv.chunks(LAYOUT, 1, seed=1, quality="low")
+    async with opened(config(tmp_path, host=aligned(len(low[0].blob)), **ALL_MAY_BE_PINNED), clock) as node:
+        await put(node, low, durable=True)
+        if by == "lease":
+            assert found(node, low, lease_ms=1000) == ["host"]
+        else:
+            assert node.operations.pin([low[0].hash], 1) == (1, 0)
+        better = asyncio.ensure_future(put(node, E[:1]))
+        while not better.done():
+            assert await read(node, low[0]) == low[0].blob, "it is there all the time"
+            await asyncio.sleep(0)
+        assert outcomes(better.result()) == ["rejected"]
+        clock.now_s += 1
+        assert outcomes(await put(node, E[:1])) == ["stored"]
+        assert await read(node, E[0]) == E[0].blob
+
+
 async def test_a_lease_that_is_let_go_holds_nothing() -> None:
     async with opened(config(None, host=4 * WHOLE, degrade_floor="none")) as node:
         await put(node, A)
@@ -181,6 +204,19 @@ async def test_pinned_objects_neither_shrink_nor_go_until_the_pin_ends(seconds: 
             assert node.operations.unpin([chunk.hash for chunk in A]) == 4
         assert outcomes(await put(node, B)) == ["stored"] * 4
         assert qualities(node, A) != [Quality.HIGH] * 4
+
+
+async def test_a_pinned_object_does_not_shrink_below_a_copy_that_may_go(tmp_path: Path) -> None:
+    size = aligned(max(len(chunk.blob) for chunk in (*BIG, *OTHER)))
+    settings = config(tmp_path, host=size, disk=2 * BIG_COST, degrade_floor="low", **ALL_MAY_BE_PINNED)
+    async with opened(settings) as node:
+        await put(node, BIG[:1], BIG_LAYOUT, durable=True)
+        assert node.operations.pin([BIG[0].hash], 0) == (1, 0)
+        for seed in range(10, 14):
+            await put(node, kv.chunks(BIG_LAYOUT, 1, seed=seed, quality="high"), BIG_LAYOUT, durable=True)
+        assert await read(node, BIG[0], BIG_LAYOUT) == BIG[0].blob
+    async with opened(settings) as node:
+        assert await read(node, BIG[0], BIG_LAYOUT) == BIG[0].blob, "also from disk alone"
 
 
 async def test_hard_pins_survive_a_restart_and_soft_ones_do_not(tmp_path: Path) -> None:
