@@ -208,11 +208,13 @@ async def test_pinned_objects_neither_shrink_nor_go_until_the_pin_ends(seconds: 
 
 async def test_a_pinned_object_does_not_shrink_below_a_copy_that_may_go(tmp_path: Path) -> None:
     size = aligned(max(len(chunk.blob) for chunk in (*BIG, *OTHER)))
-    settings = config(tmp_path, host=size, disk=2 * BIG_COST, degrade_floor="low", **ALL_MAY_BE_PINNED)
+    settings = config(tmp_path, host=2 * size, disk=2 * BIG_COST, degrade_floor="low", **ALL_MAY_BE_PINNED)
     async with opened(settings) as node:
         await put(node, BIG[:1], BIG_LAYOUT, durable=True)
         assert node.operations.pin([BIG[0].hash], 0) == (1, 0)
         for seed in range(10, 14):
+            if seed < 12:  # it is still in memory when the disk is full
+                node.lookup(BIG_LAYOUT.namespace_id, [BIG[0].hash], 0, 0)
             await put(node, kv.chunks(BIG_LAYOUT, 1, seed=seed, quality="high"), BIG_LAYOUT, durable=True)
         assert await read(node, BIG[0], BIG_LAYOUT) == BIG[0].blob
     async with opened(settings) as node:
