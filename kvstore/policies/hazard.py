@@ -84,11 +84,10 @@ class Hazard:
 
     def _close_epoch(self, residents: int) -> None:
         youngest_first = self._going_on[:, self._epoch :: -1]
-        total = np.zeros((len(youngest_first), self._epoch + 2))
-        np.cumsum(youngest_first, axis=1, out=total[:, 1:])
         middles = (np.arange(self._epoch + 1) + 0.5) * self._epoch_time
         cuts = np.append(np.searchsorted(middles, self._bounds), self._epoch + 1)
-        self._exposure += np.diff(total[:, cuts], axis=1) * self._epoch_time
+        ages = np.flatnonzero(np.diff(cuts))  # those that any epoch is in
+        self._exposure[:, ages] += np.add.reduceat(youngest_first, cuts[ages], axis=1) * self._epoch_time
         decay = 0.5 ** (self._epoch_time / max(HALF_LIFE, HALF_LIFE_RESIDENTS * residents))
         self._uses *= decay
         self._exposure *= decay

@@ -101,7 +101,7 @@ def test_memory_and_speed_at_a_million_residents() -> None:
             policy.touch([], 0.0)
         policy.insert(slot, fingerprint(slot), slot - 1 if position else -1, position, 1, 0.0)
     assert policy.nbytes / residents <= 120
-    held = set(range(chain - 1, 50_000 * 1, chain))  # the ends of the oldest chains are leased
+    held = set(range(chain - 1, 50_000, chain))  # the ends of the oldest chains are leased
     children = np.ones(residents, np.int8)
     children[chain - 1 :: chain] = 0
 
@@ -125,4 +125,4 @@ def test_memory_and_speed_at_a_million_residents() -> None:
     touch_s = (time.process_time() - started) / 200
     # The aims are 10 µs and 100 µs; a slow, shared machine gets some room.
     assert victim_s < 40e-6, victim_s
-    assert touch_s < 500e-6, touch_s
+    assert touch_s < 400e-6, touch_s
