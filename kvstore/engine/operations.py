@@ -106,8 +106,11 @@ class Operations:
     async def _problem(self, entry: Entry) -> str | None:
         problem = None
         for tier in entry.tiers:
+            length = entry.length_in(tier) if entry.held else 0
+            if not length:
+                continue  # it went while another copy was read
             try:
-                await self._holdings.read_checked(entry, tier, entry.length_in(tier))
+                await self._holdings.read_checked(entry, tier, length)
             except codec.ObjectError as error:
                 problem = f"{tier}: {error}"
         return problem

@@ -14,6 +14,7 @@ from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
 from kvstore.engine.node import Node
+from kvstore.index.held import Entry
 from kvstore.tiers.allocator import aligned
 from kvstore_codec import Quality
 
@@ -302,3 +303,22 @@ async def test_a_hit_on_disk_comes_up_and_stays_below(tmp_path: Path, disk_write
         assert await reads(node, A) == [chunk.blob for chunk in A]
         assert [tiers_of(node, chunk) for chunk in A] == [("host", "disk")] * 4
         assert [tiers_of(node, chunk) for chunk in B] == [("disk",)] * 4
+
+
+async def test_verify_does_not_call_damaged_what_goes_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(config(tmp_path)) as node:
+        await put(node, A, durable=True)
+        holdings = node._holdings
+        real = holdings.read_checked
+
+        async def read_and_drop(entry: Entry, tier: str, length: int) -> memoryview | None:
+            data = await real(entry, tier, length)
+            holdings.room.drop(entry, "disk")
+            return data
+
+        monkeypatch.setattr(holdings, "read_checked", read_and_drop)
+        progress = [each async for each in node.operations.verify(None, None)]
+        assert [each.problem for each in progress] == [None] * 4
+        assert not any(name.startswith("integrity_failures") for name in node.stat().counters)
