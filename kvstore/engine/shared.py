@@ -188,10 +188,12 @@ class Shared:
         return found
 
     def _intact(self, stored: StoredObject, data: memoryview) -> bool:
-        """It may have been replaced since it was described: then it is a miss, or as good."""
+        """It may have been replaced since it was described: then it is a miss, and no damage."""
         try:
             header = codec.verify(data).header
         except codec.ObjectError as error:
+            if self.tier.describe([stored.key]) != [stored]:
+                return False
             self._metrics.integrity_failures.labels("redis", error.code.value).inc()
             self._metrics.warn_once("redis damage", "redis: chunk %s: %s", stored.key.chunk_hash.hex(), error)
             with contextlib.suppress(TierFailed):  # counted; whoever reads it next tries again

@@ -138,6 +138,26 @@ async def test_what_is_deleted_while_it_is_read_from_redis_does_not_stay_here(
         assert len(await node.find(LAYOUT.namespace_id, [chunk.hash for chunk in RAW], 0, 0)) == 0
 
 
+async def test_what_another_node_replaces_while_it_is_read_is_a_miss_and_stays(
+    server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored_in(server, LOW[:1])
+    async with opened(settings(server)) as node:
+        assert node._shared is not None
+        tier = node._shared.tier
+        real = tier.read_many
+
+        def replaced_first(wanted: Any) -> Any:
+            monkeypatch.undo()
+            stored_in(server, HIGH[:1])
+            return real(wanted)
+
+        monkeypatch.setattr(tier, "read_many", replaced_first)
+        assert await read_chain(node, LOW[:1], codec.Quality.RAW) == []
+        assert not any(name.startswith("integrity_failures") for name in node.stat().counters)
+        assert await read_chain(node, HIGH[:1], codec.Quality.RAW) == [HIGH[0].blob]
+
+
 async def test_a_damaged_object_in_redis_is_a_miss_and_goes(server: RedisProcess) -> None:
     stored_in(server, RAW)
     (name,) = server.command("KEYS", f"*{RAW[1].hash.hex()}*") or [b""]
