@@ -221,8 +221,8 @@ class Holdings:
             return False
         return True
 
-    def _demote(self, entry: Entry) -> bool:
-        return self.persist(entry) is not None
+    def _demote(self, entry: Entry, may_go: MayGo) -> bool:
+        return self.persist(entry, may_go) is not None
 
     def _is_held(self, entry: Entry) -> bool:
         now_s = self._clock()

@@ -21,11 +21,12 @@ from kvstore.tiers.host import HostTier
 
 
 class Room:
-    """`demote`: starts the write of an object to disk; False where that cannot be. None: nothing moves down."""
+    """`demote`: starts the write of an object to disk, for which others may go; False where that cannot be. None:
+    nothing moves down."""
 
     def __init__(
         self, index: Index, leases: Leases, pins: Pins, host: HostTier, queue: DiskQueue | None, metrics: NodeMetrics,
-        clock: Callable[[], float], demote: Callable[[Entry], bool] | None,
+        clock: Callable[[], float], demote: Callable[[Entry, MayGo], bool] | None,
     ) -> None:  # fmt: skip
         self._index, self._leases, self._pins = index, leases, pins
         self._host, self._queue = host, queue
@@ -40,7 +41,10 @@ class Room:
             return False
 
         def may_leave(entry: Entry) -> bool:
-            return entry.key != key and entry.last_use < used_before and may_go(entry)
+            return is_another(entry) and entry.last_use < used_before and may_go(entry)
+
+        def is_another(entry: Entry) -> bool:
+            return entry.key != key
 
         moving = 0
         while moving < length and not self._host.room_for(length - moving, replacing=key):
@@ -49,7 +53,7 @@ class Room:
             entry = self.victim("host", may_leave)
             if entry is None:
                 return False
-            if self._demote is not None and entry.tiers == ("host",) and self._demote(entry):
+            if self._demote is not None and entry.tiers == ("host",) and self._demote(entry, is_another):
                 moving += entry.length_in("host")  # it can go when it is on disk
             else:
                 self.evict(entry, "host", "capacity")

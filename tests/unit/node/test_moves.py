@@ -322,3 +322,15 @@ async def test_verify_does_not_call_damaged_what_goes_meanwhile(
         progress = [each async for each in node.operations.verify(None, None)]
         assert [each.problem for each in progress] == [None] * 4
         assert not any(name.startswith("integrity_failures") for name in node.stat().counters)
+
+
+async def test_what_makes_room_for_a_hit_does_not_take_its_place_on_disk(tmp_path: Path) -> None:
+    cost = -(-PLACE // BLOCK) * BLOCK + 256
+    async with opened(config(tmp_path, host=PLACE, disk=cost, disk_write="demote", degrade_floor="none")) as node:
+        await put(node, E[:1], durable=True)
+        await node.operations.evict("host", 0, None)
+        await put(node, F[:1])
+        assert (tiers_of(node, E[0]), tiers_of(node, F[0])) == (("disk",), ("host",))
+        assert found(node, E[:1]) == ["disk"]
+        assert await read(node, E[0]) == E[0].blob
+        assert "disk" in tiers_of(node, E[0])
