@@ -99,7 +99,7 @@ class DiskQueue:
     async def wait_for_all(self) -> None:
         """Until everything queued by now has run."""
         if self._running is not None:
-            await self.run(_nothing)
+            await asyncio.shield(self.start(_nothing))
 
     async def flush(self) -> None:
         while self._running is not None:
@@ -134,15 +134,11 @@ class DiskQueue:
         self._planned_bytes += self._disk.cost_bytes(to_length) - self._disk.cost_bytes(length)
         self._queue_quietly("truncate", lambda: self._disk.truncate(key, to_length))
 
-    async def run(self, function: Callable[[], None]) -> None:
-        """Something else that must come in order with the writes. Raises what it raises."""
+    def start(self, function: Callable[[], None]) -> asyncio.Future[None]:
+        """Queues something else that must come in order with the writes; who waits for it sees what it raised."""
         change = Change(function)
         self._queue(change)
-        await asyncio.shield(change.done)
-
-    def start(self, function: Callable[[], None]) -> None:
-        """The same, not waited for; its errors are its own business."""
-        self._queue(Change(function))
+        return change.done
 
     async def aclose(self) -> None:
         await self.flush()
@@ -163,7 +159,7 @@ class DiskQueue:
                 self._metrics.tier_failures.labels("disk", operation).inc()
                 self._metrics.warn_once(f"disk {operation}", "%s; its room stays taken until it goes", error)
 
-        self._queue(Change(counted))
+        self.start(counted)
 
     async def _run_queued(self) -> None:
         try:
@@ -186,7 +182,7 @@ class DiskQueue:
             change.done.set_result(None)
         else:
             change.done.set_exception(error)
-            change.done.exception()  # who waits for it sees it; if nobody does, it is no news
+            change.done.exception()  # if nobody waits for it, it is no news
 
     def _others_together(self, first: Write) -> Iterator[Write]:
         """Takes the writes that wait right behind the first, each key once."""

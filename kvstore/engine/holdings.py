@@ -121,7 +121,7 @@ class Holdings:
         to_disk = wants_disk and self.room.on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
         in_host = in_host and self._put_in_host(key, described.parent, data)
         worse = self.index.get(key)
-        if worse is not None and not in_host and self._is_held(worse):
+        if worse is not None and not in_host and self.room.is_promised(worse):
             return False, None
         on_disk = worse.length_in("disk") if worse is not None else 0
         if worse is not None and (in_host or to_disk):
@@ -224,12 +224,6 @@ class Holdings:
     def _demote(self, entry: Entry, may_go: MayGo) -> bool:
         return self.persist(entry, may_go) is not None
 
-    def _is_held(self, entry: Entry) -> bool:
-        now_s = self._clock()
-        self.leases.expire(now_s)
-        self.pins.expire(now_s)
-        return self.leases.holds(entry.row) or self.pins.holds(entry.row)
-
     def _forget(self, row: int) -> None:
         self.leases.forget(row)
         self.pins.forget(row)
@@ -254,6 +248,6 @@ def _read_verified(tier: Tier, key: ObjectKey, length: int) -> memoryview:
             "the object is gone or cut short", code=codec.ErrorCode.TRUNCATED, expected_bytes=length
         )
     header = codec.verify(data).header
-    if ObjectKey(header.namespace_id, header.chunk_hash, header.part) != key:
+    if ObjectKey.of(header) != key:
         raise codec.ForeignObject("another object is stored under this key", found=header.chunk_hash.hex()[:16])
     return data

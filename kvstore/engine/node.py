@@ -102,12 +102,9 @@ class Node:
         lease_id = self._holdings.leases.take(found, now_s, lease_ms / 1000)
         if lease_id:
             self._metrics.leases.labels("taken").inc()
-        state = index.state(found)
+        result = LookupResult(*index.state(found), lease_id, lease_ms if lease_id else 0)
         self._metrics.seconds.labels("lookup").observe(time.perf_counter() - began_s)
-        return LookupResult(
-            state.tokens, state.qualities, state.provenances, state.stored_bytes, state.tiers, lease_id,
-            lease_ms if lease_id else 0,
-        )  # fmt: skip
+        return result
 
     async def find(self, namespace_id: bytes, hashes: Sequence[bytes], part: int, lease_ms: int) -> LookupResult:
         """`lookup`, and where what is held here ends, what the shared tier has of the rest, which no lease holds."""

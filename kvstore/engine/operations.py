@@ -40,16 +40,16 @@ class Operations:
         # In a thread: a million keys take a second, and lookups go on meanwhile.
         page = await self._holdings.in_thread(lambda: heapq.nsmallest(limit + 1, chosen))
         token = _token_of_key(page[limit - 1]) if len(page) > limit else ""
-        self._holdings.leases.expire(self._clock())
-        self._holdings.pins.expire(self._clock())
+        self._holdings.room.expire()
         entries = [entry for entry in map(self._holdings.index.get, page[:limit]) if entry is not None]
         return [self._object_entry(entry) for entry in entries], token
 
     async def verify(self, namespace_id: bytes | None, hashes: Sequence[bytes] | None) -> AsyncIterator[VerifyProgress]:
         """Reads every copy of the chosen objects again; a damaged copy is dropped and reported."""
-        chosen = self._chosen(namespace_id, hashes)
+        index = self._holdings.index
+        chosen = index.keys(namespace_id) if hashes is None else [e.key for e in index.named(hashes, namespace_id)]
         for checked, key in enumerate(chosen, 1):
-            entry = self._holdings.index.get(key)
+            entry = index.get(key)
             problem = await self._problem(entry) if entry is not None else None
             yield VerifyProgress(checked, len(chosen), key.chunk_hash if problem else None, problem)
 
@@ -61,10 +61,10 @@ class Operations:
         await holdings.wait_for_writes()  # what is on its way to disk is not evicted from memory
         evicted: set[ObjectKey] = set()
         freed = 0
+        named = None if hashes is None else holdings.index.named(hashes)
         for held in (each for each in holdings.tiers if tier in (None, each.name)):
-            if hashes is not None:
-                named = map(holdings.index.get, self._chosen(None, hashes))
-                going = iter([each for each in named if each is not None and holdings.room.may_evict(each, held.name)])
+            if named is not None:
+                going = iter([each for each in named if holdings.room.may_evict(each, held.name)])
             else:
                 going = iter(lambda: None if 0 < wanted <= freed else holdings.room.victim(held.name), None)  # noqa: B023
             for entry in going:
@@ -78,7 +78,7 @@ class Operations:
         """(pinned, refused) objects: stored ones of these chunks, softly for `seconds`, or hard for 0."""
         now_s, pins = self._clock(), self._holdings.pins
         until_s = now_s + seconds if seconds else None
-        entries = [entry for entry in map(self._holdings.index.get, self._chosen(None, hashes)) if entry is not None]
+        entries = self._holdings.index.named(hashes)
         pinned = sum(pins.pin(entry.row, entry.length, until_s, now_s) for entry in entries)
         if not seconds:
             self._save_pins()
@@ -86,8 +86,9 @@ class Operations:
 
     def unpin(self, hashes: Sequence[bytes] | None) -> int:
         """How many objects were pinned and are no more; all without `hashes`."""
-        entries = [entry for entry in map(self._holdings.index.get, self._chosen(None, hashes)) if entry is not None]
-        unpinned = sum(self._holdings.pins.forget(entry.row) for entry in entries)
+        pins = self._holdings.pins
+        rows = pins.rows() if hashes is None else [entry.row for entry in self._holdings.index.named(hashes)]
+        unpinned = sum(pins.forget(row) for row in rows)
         self._save_pins()
         return unpinned
 
@@ -97,11 +98,6 @@ class Operations:
         if self._pin_file is not None:
             file = self._pin_file
             self._on_disk(lambda: file.save(keys), "hard pins cannot be saved: %s; they end with this process")
-
-    def _chosen(self, namespace_id: bytes | None, hashes: Sequence[bytes] | None) -> list[ObjectKey]:
-        wanted = None if hashes is None else set(hashes)
-        keys = self._holdings.index.keys(namespace_id)
-        return [key for key in keys if wanted is None or key.chunk_hash in wanted]
 
     async def _problem(self, entry: Entry) -> str | None:
         problem = None

@@ -48,7 +48,8 @@ class Room:
 
         moving = 0
         while moving < length and not self._host.room_for(length - moving, replacing=key):
-            if self._shrink_in_host(may_leave):
+            # Only where there is no disk: what that has, too, may as well go from memory altogether.
+            if self._queue is None and self._shrink("host", may_leave):
                 continue
             entry = self.victim("host", may_leave)
             if entry is None:
@@ -64,7 +65,7 @@ class Room:
         if self._queue is None:
             return False
         while self._queue.lacks_room_for(length):
-            if self._shrink_on_disk(may_go):
+            if self._shrink("disk", may_go):
                 continue
             entry = self.victim("disk", may_go)
             if entry is None:
@@ -74,12 +75,12 @@ class Room:
 
     def victim(self, tier: str, may_go: MayGo = anything) -> Entry | None:
         """What goes next from a tier."""
-        self._expire()
+        self.expire()
         return self._index.victim(tier, lambda entry: may_go(entry) and not self._keeps(entry, tier), self._clock())
 
     def may_evict(self, entry: Entry, tier: str) -> bool:
         """Whether it may go, in whatever order."""
-        self._expire()
+        self.expire()
         return tier in entry.tiers and not self._leases.holds(entry.row) and not self._keeps(entry, tier)
 
     def evict(self, entry: Entry, tier: str, reason: str) -> None:
@@ -98,6 +99,11 @@ class Room:
         elif self._queue is not None:
             self._queue.delete(key, length)
 
+    def is_promised(self, entry: Entry) -> bool:
+        """A lease or a pin holds it."""
+        self.expire()
+        return self._leases.holds(entry.row) or self._pins.holds(entry.row)
+
     def is_writing(self, key: ObjectKey) -> bool:
         return self._queue is not None and self._queue.is_writing(key)
 
@@ -110,35 +116,23 @@ class Room:
             return False
         return tier == "disk" or entry.layers_in("disk") < entry.layers_in("host")
 
-    def _shrink_in_host(self, may_shrink: MayGo) -> bool:
-        """Only where there is no disk: what that has, too, may as well go from memory altogether."""
-        if self._queue is not None:
-            return False
-        self._expire()
-        entry = self._index.shrinkable("host", lambda entry: not self._keeps(entry, "host") and may_shrink(entry))
+    def _shrink(self, tier: str, may_shrink: MayGo) -> bool:
+        """Takes the finest quality layer of a cold object; False where none may lose one."""
+        self.expire()
+        entry = self._index.shrinkable(tier, lambda entry: not self._keeps(entry, tier) and may_shrink(entry))
         if entry is None:
             return False
-        layers = entry.layers_in("host") - 1
-        self._host.truncate(entry.key, entry.described.layer_bytes[layers - 1])
-        self._count_shrunk(entry, "host", layers)
-        return True
-
-    def _shrink_on_disk(self, may_shrink: MayGo) -> bool:
-        assert self._queue is not None
-        self._expire()
-        entry = self._index.shrinkable("disk", lambda entry: not self._keeps(entry, "disk") and may_shrink(entry))
-        if entry is None:
-            return False
-        layers = entry.layers_in("disk") - 1
-        self._queue.truncate(entry.key, entry.length_in("disk"), entry.described.layer_bytes[layers - 1])
-        self._count_shrunk(entry, "disk", layers)
-        return True
-
-    def _count_shrunk(self, entry: Entry, tier: str, layers: int) -> None:
+        key, described, layers = entry.key, entry.described, entry.layers_in(tier) - 1
+        if tier == "host":
+            self._host.truncate(key, described.layer_bytes[layers - 1])
+        elif self._queue is not None:
+            self._queue.truncate(key, described.layer_bytes[layers], described.layer_bytes[layers - 1])
         self._index.shrink(entry, tier, layers)
-        self._metrics.degradations.labels(tier, entry.described.quality_of(layers).label, "capacity").inc()
+        self._metrics.degradations.labels(tier, described.quality_of(layers).label, "capacity").inc()
+        return True
 
-    def _expire(self) -> None:
+    def expire(self) -> None:
+        """Lets go of what leases and pins hold no longer."""
         now_s = self._clock()
         self._leases.expire(now_s)
         self._pins.expire(now_s)

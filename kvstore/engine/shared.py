@@ -199,7 +199,7 @@ class Shared:
             with contextlib.suppress(TierFailed):  # counted; whoever reads it next tries again
                 self.tier.delete(stored.key)
             return False
-        return ObjectKey(header.namespace_id, header.chunk_hash, header.part) == stored.key
+        return ObjectKey.of(header) == stored.key
 
 
 def described_of(stored: StoredObject) -> Described:

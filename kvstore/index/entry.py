@@ -13,6 +13,11 @@ class ObjectKey(NamedTuple):
     chunk_hash: bytes
     part: int
 
+    @classmethod
+    def of(cls, header: ObjectHeader) -> ObjectKey:
+        """Of the object that has this header."""
+        return cls(header.namespace_id, header.chunk_hash, header.part)
+
 
 @dataclass(frozen=True, slots=True)
 class Described:

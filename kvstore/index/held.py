@@ -61,8 +61,7 @@ class Entry:
 
     def length_in(self, tier: str) -> int:
         """Bytes that a tier holds of it."""
-        layers = self.layers_in(tier)
-        return self.described.layer_bytes[layers - 1] if layers else 0
+        return self._index.length_of(self.row, self.layers_in(tier))
 
     @property
     def layers(self) -> int:
@@ -71,7 +70,7 @@ class Entry:
 
     @property
     def length(self) -> int:
-        return self.described.layer_bytes[self.layers - 1]
+        return self._index.length_of(self.row, self.layers)
 
     @property
     def quality(self) -> Quality:

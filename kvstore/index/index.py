@@ -108,6 +108,17 @@ class Index:
             for group, at in found
         ]
 
+    def named(self, hashes: Sequence[bytes], namespace_id: bytes | None = None) -> list[Entry]:
+        """The objects of these chunks, of every part, in one namespace or all."""
+        wanted = words(b"".join(dict.fromkeys(hashes)))
+        return [
+            Entry(self, row)
+            for (namespace, _), group in self._numbers.items()
+            if namespace_id in (None, namespace)
+            for row in self._table.find(group, wanted).tolist()
+            if row >= 0
+        ]
+
     def described(self, row: int) -> Described:
         columns = self.columns
         parent = int(columns["parent"][row])
@@ -117,6 +128,10 @@ class Index:
             Quality(int(columns["quality"][row])), Quality(int(columns["provenance"][row])),
             tuple(columns["layer_bytes"][row, : columns["whole_layers"][row]].tolist()),
         )  # fmt: skip
+
+    def length_of(self, row: int, layers: int) -> int:
+        """Bytes of the first `layers` quality layers; 0 of none."""
+        return int(self.columns["layer_bytes"][row, layers - 1]) if layers else 0
 
     def layers_by_tier(self, row: int) -> list[int]:
         return [int(order.layers[row]) for order in self._orders.values()]
@@ -235,9 +250,6 @@ class Index:
         """The object of `tier` that loses its finest layer next, or None where all are down to the floor, or held."""
         row = self._orders[tier].shrinkable(lambda row: may_shrink(Entry(self, row)))
         return None if row is None else Entry(self, row)
-
-    def is_leaf(self, entry: Entry, tier: str) -> bool:
-        return not self._orders[tier].children[entry.row]
 
     def _new(self, key: ObjectKey, described: Described, now_s: float) -> int:
         columns, row = self.columns, self.columns.take()

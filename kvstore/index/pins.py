@@ -42,6 +42,9 @@ class Pins:
     def holds(self, row: int) -> bool:
         return row in self._pins
 
+    def rows(self) -> list[int]:
+        return list(self._pins)
+
     def hard_rows(self) -> list[int]:
         return [row for row, pin in self._pins.items() if pin.until_s is None]
 

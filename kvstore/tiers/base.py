@@ -46,6 +46,16 @@ class StoredColumns(NamedTuple):
     layers: npt.NDArray[np.int64]
     layer_bytes: npt.NDArray[np.uint64]
 
+    def objects(self) -> Iterator[StoredObject]:
+        """The same one by one."""
+        for row, layers in enumerate(self.layers.tolist()):
+            key = ObjectKey(self.namespaces[row].tobytes(), self.hashes[row].tobytes(), int(self.parts[row]))
+            lengths = tuple(self.layer_bytes[row, :layers].tolist())
+            yield StoredObject(
+                key, self.parents[row].tobytes(), int(self.first_positions[row]), int(self.tokens[row]),
+                int(self.qualities[row]), int(self.provenances[row]), lengths, lengths[-1],
+            )  # fmt: skip
+
 
 class Tier(Protocol):
     name: str

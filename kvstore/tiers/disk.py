@@ -212,11 +212,8 @@ class DiskTier:
 
     def scan(self) -> Iterator[StoredObject]:
         """Raises TierFailed."""
-        try:
-            yield from self._index.stored()
-            return_memory()
-        except OSError as error:
-            raise TierFailed(f"disk tier cannot be scanned: {error.strerror}", errno=error.errno) from error
+        for piece in self.scan_columns():
+            yield from piece.objects()
 
     def scan_columns(self) -> Iterator[StoredColumns]:
         """`scan` as columns. Raises TierFailed."""
@@ -301,7 +298,7 @@ def _slot_for(new: NewObject) -> Slot:
     header_bytes = bytes(memoryview(new.data)[: codec.HEADER_BYTES])
     header = codec.parse_header(header_bytes)
     header.layers_in(len(new.data))
-    if ObjectKey(header.namespace_id, header.chunk_hash, header.part) != new.key:
+    if ObjectKey.of(header) != new.key:
         raise codec.ForeignObject("the object is another than its key says", found=header.chunk_hash.hex()[:16])
     return Slot(header_bytes, new.parent, 0, 0, len(new.data), 0)
 

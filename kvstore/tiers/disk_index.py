@@ -12,7 +12,6 @@ back. What a bad sector takes is the two slots in it. A page of 16 slots that ar
 
 from __future__ import annotations
 
-import bisect
 import errno
 import heapq
 import os
@@ -20,7 +19,7 @@ import struct
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -29,7 +28,7 @@ from numpy.typing import NDArray
 import kvstore_codec as codec
 from kvstore.errors import DiskUnusable
 from kvstore.index.entry import ObjectKey
-from kvstore.tiers.base import StoredColumns, StoredObject
+from kvstore.tiers.base import StoredColumns
 from kvstore.tiers.disk_segments import data_runs, punch
 from kvstore.tiers.disk_writer import BLOCK_BYTES
 from kvstore_codec import Quality
@@ -47,8 +46,6 @@ _ZEROS = bytes(SLOT_BYTES)
 
 #: What the node's index wants, at the offsets of codec/FORMAT.md and of the slot: namespace, hash, part, tokens, first
 #: position, quality, quality layers, provenance, bytes of each quality layer; parent, length held.
-_FIELDS = struct.Struct("<8x32s32sIIQ2xBBB43xQQQ32x32s8xQ16x")
-assert _FIELDS.size == SLOT_BYTES
 _COLUMNS = np.dtype(
     {
         "names": [
@@ -225,13 +222,8 @@ class IndexFile:
         """Raises OSError."""
         os.fdatasync(self._descriptor)
 
-    def stored(self) -> Iterator[StoredObject]:
-        """Every object, least recently used first. Raises OSError."""
-        for raw in self._raw_in_order():
-            yield from map(_stored, _FIELDS.iter_unpack(raw))
-
     def stored_columns(self) -> Iterator[StoredColumns]:
-        """The same as columns, some thousands of objects at a time. Raises OSError."""
+        """Every object, least recently used first, some thousands at a time. Raises OSError."""
         return map(_columns, self._raw_in_order())
 
     def _raw_in_order(self) -> Iterator[bytes]:
@@ -278,21 +270,6 @@ class IndexFile:
         return raw
 
 
-def _stored(fields: tuple[Any, ...]) -> StoredObject:
-    (
-        namespace_id, chunk_hash, part, tokens, first_position, quality, layers, provenance,
-        length_0, length_1, length_2, parent, length,
-    ) = fields  # fmt: skip
-    layer_bytes = (length_0, length_1, length_2)[:layers]
-    if layer_bytes[-1] != length:  # cut after it was put, or before
-        layer_bytes = layer_bytes[: bisect.bisect_right(layer_bytes, length)]
-        quality = Quality.of_lossy_layers(len(layer_bytes))
-    key = _new(ObjectKey, (namespace_id, chunk_hash, part))
-    return _new(
-        StoredObject, (key, parent, first_position, tokens, quality, provenance, layer_bytes, length)
-    )  # fmt: skip
-
-
 def _columns(raw: bytes) -> StoredColumns:
     rows = np.frombuffer(raw, _COLUMNS)
     lengths, layers = rows["layer_bytes"], rows["layers"].astype(np.int64)
@@ -304,9 +281,6 @@ def _columns(raw: bytes) -> StoredColumns:
         rows["namespace"], rows["hash"], rows["part"], rows["parent"], rows["first_position"], rows["tokens"], quality,
         rows["provenance"], held, np.where(there, lengths, 0),
     )  # fmt: skip
-
-
-_new = tuple.__new__  # of a million, three times as quick as a NamedTuple's own
 
 
 def _write(descriptor: int, data: bytes, offset: int) -> None:

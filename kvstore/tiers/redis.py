@@ -289,7 +289,7 @@ class RedisTier:
         try:
             header = codec.parse_header(head)
             quality = header.quality_at(length)
-            ours = ObjectKey(header.namespace_id, header.chunk_hash, header.part) == key
+            ours = ObjectKey.of(header) == key
         except codec.UnsupportedObject:  # of a later version: a node that was upgraded reads it
             self._events.damaged("version")
             return None

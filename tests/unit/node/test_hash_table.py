@@ -136,7 +136,7 @@ def test_loading_is_the_same_as_adding_one_by_one() -> None:
         assert one is not None
         assert other is not None
         assert (one.described, one.tiers, one.length) == (other.described, other.tiers, other.length)
-        assert loaded.is_leaf(one, "disk") == added.is_leaf(other, "disk")
+        assert loaded.order("disk").children[one.row] == added.order("disk").children[other.row]
     while (victim := loaded.victim("disk", lambda _: True, 0.0)) is not None:
         loaded.drop(victim, "disk")
     assert len(loaded) == 0
