@@ -198,8 +198,15 @@ class DiskQueue:
     async def _run_writes(self, writes: Sequence[Write]) -> None:
         stored = False
         objects = [NewObject(write.key, write.described.parent, write.data) for write in writes]
+
+        def put_together() -> None:
+            try:
+                self._disk.put_many(objects)
+            finally:  # the thread forgets what it ran a moment after it is done: till then memory would be lent to it
+                objects.clear()
+
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, lambda: self._disk.put_many(objects))
+            await asyncio.get_running_loop().run_in_executor(self._thread, put_together)
             stored = True
         except (TierFull, TierFailed) as error:
             self._refused = True
