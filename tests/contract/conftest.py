@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from redis_process import RedisCluster, RedisProcess
 
 from kvstore.tiers.disk import DiskTier
+
+ROOMY = 64 << 20
 
 
 @pytest.fixture
@@ -17,6 +20,24 @@ def opened() -> Iterator[list[DiskTier]]:
     yield tiers
     for tier in tiers:
         tier.close()
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "disk"
+
+
+@pytest.fixture
+def reopen(root: Path, opened: list[DiskTier]) -> Callable[[], DiskTier]:
+    """Ends the tier opened last and opens the next one."""
+
+    def again() -> DiskTier:
+        if opened:
+            opened.pop().close()
+        opened.append(DiskTier(root, ROOMY))
+        return opened[-1]
+
+    return again
 
 
 @pytest.fixture(scope="session")

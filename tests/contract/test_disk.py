@@ -27,24 +27,6 @@ LOW, CHUNKS = (kv.chunks(LAYOUT, 6, seed=1, quality=quality) for quality in ("lo
 LARGE = kv.small_layout("large", layers=4, head_dim=64)
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "disk"
-
-
-@pytest.fixture
-def reopen(root: Path, opened: list[DiskTier]) -> Callable[[], DiskTier]:
-    """Ends the tier opened last and opens the next one."""
-
-    def again() -> DiskTier:
-        if opened:
-            opened.pop().close()
-        opened.append(DiskTier(root, ROOMY))
-        return opened[-1]
-
-    return again
-
-
 def new(chunk: kv.StoredChunk) -> NewObject:
     return NewObject(key_of(chunk), chunk.ref.parent, chunk.blob)
 

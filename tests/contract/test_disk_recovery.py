@@ -233,22 +233,6 @@ def lose_power(root: Path, synced: bytes, rng: random.Random) -> None:
 # One damage at a time
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "disk"
-
-
-@pytest.fixture
-def reopen(root: Path, opened: list[DiskTier]) -> Callable[[], DiskTier]:
-    def again() -> DiskTier:
-        if opened:
-            opened.pop().close()
-        opened.append(DiskTier(root, ROOMY))
-        return opened[-1]
-
-    return again
-
-
 def test_an_object_whose_blocks_are_a_hole_was_deleted(root: Path, reopen: Callable[[], DiskTier]) -> None:
     tier = reopen()
     tier.put_many([new(chunk) for chunk in CHUNKS["raw"]])

@@ -100,13 +100,6 @@ def server(tmp_path: Path) -> Iterator[RedisProcess]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
-    found = RedisCluster(tmp_path / "cluster")
-    yield found
-    found.stop()
-
-
-@pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a node on a redis_url, and its client."""
     with contextlib.ExitStack() as started:

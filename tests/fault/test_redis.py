@@ -14,34 +14,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import kv_objects as kv
 import pytest
 from polling import wait_until
 from redis_process import HOST, RedisProcess, TlsFiles
-from redis_tiers import Told, redis_tier
+from redis_tiers import RECOVERY_S_MAX, TIMEOUT_S, Told, bounded, redis_tier
 from relay import Relay
 from tier_objects import LAYOUT, key_of, put, whole
 
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
-from kvstore.tiers.circuit import FAILURES_MAX, PAUSE_S_MAX
+from kvstore.tiers.circuit import FAILURES_MAX
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_connection import CALL_TIMEOUTS, Credentials
+from kvstore.tiers.redis_connection import Credentials
 
-TIMEOUT_S = 0.2
-SLACK_S = 0.4  # for a busy machine to schedule us
-CALL_S_MAX = CALL_TIMEOUTS * TIMEOUT_S + SLACK_S
-RECOVERY_S_MAX = PAUSE_S_MAX + CALL_S_MAX
 CHUNKS = kv.chunks(LAYOUT, 8, seed=1, quality="low")
-R = TypeVar("R")
 Launch = Callable[..., RedisProcess]
-
-
-@pytest.fixture
-def told() -> Told:
-    return Told()
 
 
 @pytest.fixture
@@ -67,16 +57,6 @@ def tier(server: RedisProcess, told: Told) -> Iterator[RedisTier]:
     found = redis_tier(server, told, timeout_s=TIMEOUT_S)
     yield found
     found.close()
-
-
-def bounded(call: Callable[[], R]) -> R:
-    """What a call returns or raises; it may not take longer than promised."""
-    start_s = time.monotonic()
-    try:
-        return call()
-    finally:
-        took_s = time.monotonic() - start_s
-        assert took_s < CALL_S_MAX, f"took {took_s:.2f} s"
 
 
 def assert_all_miss(tier: RedisTier) -> None:

@@ -5,44 +5,26 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import kv_objects as kv
 import pytest
 from polling import wait_until
 from redis_process import HOST, RedisCluster, RedisProcess
-from redis_tiers import Told, redis_tier
+from redis_tiers import RECOVERY_S_MAX, TIMEOUT_S, Told, bounded, redis_tier
 from tier_objects import LAYOUT, key_of, put, whole
 
 from kvstore.errors import TierFailed
 from kvstore.index.entry import ObjectKey
-from kvstore.tiers.circuit import FAILURES_MAX, PAUSE_S_MAX
+from kvstore.tiers.circuit import FAILURES_MAX
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_connection import CALL_TIMEOUTS
 from kvstore.tiers.redis_format import value_key
 
-TIMEOUT_S = 0.2
-CALL_S_MAX = CALL_TIMEOUTS * TIMEOUT_S + 0.4  # for a busy machine to schedule us
-RECOVERY_S_MAX = PAUSE_S_MAX + CALL_S_MAX
 CHUNKS = kv.chunks(LAYOUT, 60, seed=1, quality="low")
 KEYS = [(key_of(chunk), len(chunk.blob)) for chunk in CHUNKS]
 NAMES = [value_key("kvstore", key) for key, _ in KEYS]
 BLOBS = [chunk.blob for chunk in CHUNKS]
-R = TypeVar("R")
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[RedisCluster]:
-    found = RedisCluster(tmp_path / "cluster")
-    yield found
-    found.stop()
-
-
-@pytest.fixture
-def told() -> Told:
-    return Told()
 
 
 @pytest.fixture
@@ -53,15 +35,6 @@ def tier(cluster: RedisCluster, told: Told) -> Iterator[RedisTier]:
         put(found, chunk)
     yield found
     found.close()
-
-
-def bounded(call: Callable[[], R]) -> R:
-    start_s = time.monotonic()
-    try:
-        return call()
-    finally:
-        took_s = time.monotonic() - start_s
-        assert took_s < CALL_S_MAX, f"took {took_s:.2f} s"
 
 
 def read_all(tier: RedisTier) -> list[bytes | None]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from redis_process import RedisCluster, RedisProcess
 
-from kvstore.tiers.circuit import State
+from kvstore.tiers.circuit import PAUSE_S_MAX, State
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_connection import Credentials
+from kvstore.tiers.redis_connection import CALL_TIMEOUTS, Credentials
 from kvstore.tiers.redis_server import FailureKind
 from kvstore.tiers.redis_url import parse_redis_urls
+
+TIMEOUT_S = 0.2  # of the tiers under faults
+SLACK_S = 0.4  # for a busy machine to schedule us
+CALL_S_MAX = CALL_TIMEOUTS * TIMEOUT_S + SLACK_S
+RECOVERY_S_MAX = PAUSE_S_MAX + CALL_S_MAX
+R = TypeVar("R")
 
 
 @dataclass
@@ -60,3 +68,13 @@ def redis_tier(
 def flush(server: RedisProcess | RedisCluster) -> None:
     for each in server.masters if isinstance(server, RedisCluster) else [server]:
         each.client.flushall()
+
+
+def bounded(call: Callable[[], R]) -> R:
+    """What a call returns or raises; it may not take longer than promised."""
+    start_s = time.monotonic()
+    try:
+        return call()
+    finally:
+        took_s = time.monotonic() - start_s
+        assert took_s < CALL_S_MAX, f"took {took_s:.2f} s"
