@@ -6,7 +6,6 @@ import itertools
 import sys
 
 import typer
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
@@ -14,6 +13,7 @@ from kvstore.cli import hashes as naming
 from kvstore.cli import render
 from kvstore.cli.outcome import CommandFailed, ExitCode
 from kvstore.cli.remote import connect
+from kvstore.cli.sizes import byte_size
 from kvstore_proto.v1 import admin_pb2
 from kvstore_proto.v1 import store_pb2 as pb
 
@@ -89,7 +89,7 @@ def evict(
 ) -> None:
     if sum((bool(prefixes), bool(size), everything)) != 1:
         raise CommandFailed("evict takes hashes, --bytes or --all: exactly one of them", ExitCode.USAGE)
-    wanted_bytes = _size(size) if size else 0
+    wanted_bytes = byte_size("--bytes", size, least=1) if size else 0
     with connect(target, deadline_s) as remote:
         chosen = naming.chunk_hashes(remote, prefixes)
         request = admin_pb2.EvictRequest(tier=tier, bytes=wanted_bytes, chunk_hashes=b"".join(chosen))
@@ -100,13 +100,3 @@ def evict(
         print(f"{answer.objects} objects evicted, {render.size(answer.bytes)} freed")
     if answer.bytes < wanted_bytes or (chosen and not answer.objects):
         raise typer.Exit(ExitCode.PROBLEM)
-
-
-def _size(text: str) -> int:
-    try:
-        value = int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        value = 0
-    if not 0 < value < 1 << 63:
-        raise CommandFailed(f'--bytes {text!r}: must be bytes, such as 1000000 or "1GiB"', ExitCode.USAGE)
-    return value

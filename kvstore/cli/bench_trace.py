@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from kvstore.cli import render
 from kvstore.cli.outcome import CommandFailed, ExitCode
+from kvstore.cli.sizes import byte_size
 from kvstore.policies.choice import POLICIES
 from kvstore.policies.replay import Outcome, replay
 
@@ -126,17 +126,10 @@ def _capacity(text: str, unique_blocks: int, block_bytes: str) -> Capacity:
             ExitCode.USAGE,
         )
     else:
-        blocks = _bytes("--capacity", text) // max(_bytes("--block-bytes", block_bytes), 1)
+        blocks = byte_size("--capacity", text) // max(byte_size("--block-bytes", block_bytes), 1)
     if blocks < 1:
         raise CommandFailed(f"--capacity {text}: holds no block; the trace has {unique_blocks}", ExitCode.USAGE)
     return Capacity(text, blocks)
-
-
-def _bytes(option: str, text: str) -> int:
-    try:
-        return int(TypeAdapter(ByteSize).validate_python(text))
-    except ValidationError:
-        raise CommandFailed(f'{option} {text!r}: must be bytes, such as 1000000 or "1GiB"', ExitCode.USAGE) from None
 
 
 def _infinite(trace: Trace) -> float:
