@@ -103,7 +103,7 @@ def _task(model: Model, context: int, share: float, seed: int) -> tuple[Task, li
     rng = random.Random(f"{seed} {model.name} {context}")
     elements = CHUNK_TOKENS * model.elements_per_token
     stored = round(elements * HIGH_BITS / 8)
-    expected = LayerSizes().choices(Quality.HIGH, stored, Quality.LOW)
+    expected = LayerSizes().choices(Quality.HIGH, stored, Quality.RAW, Quality.LOW)
     chunks = [Chunk(first, CHUNK_TOKENS, elements, expected) for first in range(0, context, CHUNK_TOKENS)]
     sizes = []
     for _ in chunks:

@@ -22,6 +22,8 @@ from kvstore_client.errors import (
     Unavailable,
 )  # fmt: skip
 from kvstore_client.namespace import AsyncNamespace
+from kvstore_client.planner.costs import PrefillCost
+from kvstore_client.planner.plan import Plan, PlannedChunk
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PutResult, TierStat
 from kvstore_codec import (
     Extras,
@@ -66,6 +68,9 @@ __all__ = [
     "ObjectForeign",
     "ObjectUnsupported",
     "Partition",
+    "Plan",
+    "PlannedChunk",
+    "PrefillCost",
     "Profile",
     "ProfileDamaged",
     "ProfileMissing",

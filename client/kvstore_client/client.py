@@ -21,6 +21,8 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from kvstore_client.aio import DEADLINE_S, AsyncClient
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
+from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.plan import Plan
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Profile, Quality
 
@@ -102,11 +104,27 @@ class Namespace:
 
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, deadline: float | None = None,
+        out: KVArray | None = None, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
     ) -> tuple[KVArray, int]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
         return _run(
-            self._async.get(token_ids, quality=quality, min_quality=min_quality, out=out, deadline=deadline)
+            self._async.get(
+                token_ids, quality=quality, min_quality=min_quality, out=out, ttft=ttft,
+                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+            )
+        )  # fmt: skip
+
+    def plan(
+        self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
+        min_quality: str | Quality = "low", deadline: float | None = None,
+    ) -> Plan:  # fmt: skip
+        """What a get with these arguments would do, when that would be ready, and why."""
+        return _run(
+            self._async.plan(
+                token_ids, ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, min_quality=min_quality,
+                deadline=deadline,
+            )
         )  # fmt: skip
 
     def put(

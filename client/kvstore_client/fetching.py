@@ -8,6 +8,7 @@ count. The first object that does not pass ends the prefix.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import aclosing
@@ -24,6 +25,7 @@ from kvstore_client.errors import (
     ProtocolViolation,
     from_codec,
 )  # fmt: skip
+from kvstore_client.pace import Timing
 from kvstore_client.results import ChunkHit
 from kvstore_codec import CodecId, KVArray, KVLayout, Profile, Quality
 from kvstore_proto.v1 import store_pb2 as pb
@@ -55,25 +57,29 @@ class Fetched:
 
 async def fetch(
     node: Node, wanted: Wanted, lease_ids: Sequence[bytes], into: KVArray, executor: Executor, deadline: Deadline,
-    count_received: Callable[[int], None], profile_of: ProfileSource | None = None,
+    count_received: Callable[[int], None], profile_of: ProfileSource | None = None, timing: Timing | None = None,
 ) -> Fetched:  # fmt: skip
     """Fetches and decodes `wanted.chunks` into `into`, which starts with the first of them. Never raises for what a
     node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more.
 
-    `profile_of`: asked for the profile of an object that names one; without it no such object can be read."""
+    `profile_of`: asked for the profile of an object that names one; without it no such object can be read. `timing`:
+    sees when what comes; where it ends the fetch, that is no error."""
     fetched = Fetched()
     decodes: list[Future[None]] = []
     running: list[Future[None]] = []
     coder = DeadlineCoder(deadline)
     try:
-        async with aclosing(_objects(node, wanted, lease_ids, deadline, count_received)) as objects:
-            async for blob in objects:
+        async with (
+            aclosing(_objects(node, wanted, lease_ids, deadline, count_received)) as objects,
+            aclosing(objects if timing is None else timing.objects(objects)) as timed,
+        ):
+            async for blob in timed:
                 chunk = wanted.chunks[len(decodes)]
                 first = chunk.first_token - wanted.chunks[0].first_token
                 place = codec.token_slice(into, first, first + chunk.tokens)
                 named = _profile_named(wanted, chunk, blob)
                 profile = await profile_of(named) if named is not None and profile_of is not None else None
-                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place, coder, profile))
+                decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place, coder, profile, timing))
                 running.append(decodes[-1])
                 await _wait_for_turn(running, deadline)
         await _wait(decodes, deadline.remaining())
@@ -170,10 +176,11 @@ def _check_piece(
 
 def _decode(
     node: Node, wanted: Wanted, chunk: ChunkHit, blob: memoryview, place: KVArray, coder: DeadlineCoder,
-    profile: Profile | None,
+    profile: Profile | None, timing: Timing | None,
 ) -> None:  # fmt: skip
     """Raises BadObject, DeadlineExceeded."""
     coder.check()
+    began = time.perf_counter()
     try:
         header = codec.parse_header(blob)
         effective = max(header.quality_at(len(blob)), header.provenance)
@@ -184,6 +191,8 @@ def _decode(
         codec.decode(
             blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part, profile=profile, coder=coder
         )  # fmt: skip
+        if timing is not None:
+            timing.decoded(header, len(blob), time.perf_counter() - began)
     except codec.ObjectError as error:
         raise from_codec(error, node.address) from error
 

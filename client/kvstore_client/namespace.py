@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -12,11 +13,15 @@ import kvstore_codec as codec
 from kvstore_client.connection import Node, failures, timeout_s, understood
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
-from kvstore_client.fetching import Wanted, fetch
+from kvstore_client.fetching import Fetched, Wanted, fetch
 from kvstore_client.leasing import kept_alive, renew
 from kvstore_client.lookups import lookup
-from kvstore_client.metrics import ABSENT, QUALITY
+from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
 from kvstore_client.namespace_profiles import NamespaceProfiles
+from kvstore_client.pace import Timing
+from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
+from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
 from kvstore_client.session import Session
@@ -50,6 +55,7 @@ class AsyncNamespace:
         self._profiles = NamespaceProfiles(session, layout, profile, learn_statistics)
         # Hashes of chunks that a get found coded with a profile that is gone: a put replaces them.
         self._lost: set[bytes] = set()
+        self._planner = NamespacePlanner(session, self._part_layout)
 
     async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
@@ -92,7 +98,8 @@ class AsyncNamespace:
 
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, deadline: float | None = None,
+        out: KVArray | None = None, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
     ) -> tuple[KVArray, int]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
 
@@ -102,9 +109,13 @@ class AsyncNamespace:
         some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
         lies behind them is unspecified. Without it, a new numpy array (or list of (k, v) where layers differ).
 
+        With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
+        that leaves the rest in time, and no more chunks where recomputing the rest is faster.
+
         Nothing writes to `out` after this returns or is cancelled.
         """
         limit = self._session.begin(deadline)
+        goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
         wanted = Quality.RAW if quality is None else Quality.parse(quality)
         floor = Quality.parse(min_quality)
         if wanted > floor:
@@ -119,10 +130,28 @@ class AsyncNamespace:
             room = codec.token_count(out, self._part_layout)
             refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
         with self._session.timed("get"):
-            kv, tokens = await self._get(refs, wanted, floor, out, limit)
+            kv, tokens = await self._get(refs, wanted, floor, out, limit, goal)
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
         return kv, tokens
+
+    async def plan(
+        self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
+        min_quality: str | Quality = "low", deadline: float | None = None,
+    ) -> Plan:  # fmt: skip
+        """What a get with these arguments would do, by what is known now: fetch each stored chunk, at which quality, or
+        leave it to the engine; when that would be ready, and why.
+
+        `ttft`: seconds from now in which all of the prompt's KV should be there. `prefill_tokens_per_s`: the engine's
+        speed, as one number for every position, as a `PrefillCost`, or as a function of (first, last) that answers the
+        seconds of computing those tokens of the prompt.
+        """
+        limit = self._session.begin(deadline)
+        goal, floor = checked_goal(ttft, prefill_tokens_per_s, len(token_ids)), Quality.parse(min_quality)  # type: ignore[arg-type]
+        assert goal is not None, "both are given"
+        with self._session.timed("plan"):
+            node, hit, _ = await self._find("plan", self._refs(token_ids), 0, limit)
+        return self._planner.plan(goal, node, _good_enough(hit.chunks, floor), floor)
 
     async def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
@@ -228,21 +257,24 @@ class AsyncNamespace:
         """(node, hit, why no more); no node where none answered."""
         if not refs:
             return None, Hit(), ABSENT
+
+        async def ask(node: Node, timeout_s: float) -> Hit:
+            began = time.monotonic()
+            hit = await lookup(node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s)
+            self._session.peers[node.address].latency.observe(time.monotonic() - began)
+            return hit
+
         try:
-            node, hit = await self._session.attempt(
-                call, self._placement_key(refs), limit,
-                lambda node, timeout_s: lookup(
-                    node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s
-                ),
-            )  # fmt: skip
+            node, hit = await self._session.attempt(call, self._placement_key(refs), limit, ask)
         except KvClientError as error:
             self._session.forgive(call, error)
             return None, Hit(), error.code.value
         return node, hit, ABSENT
 
     async def _get(
-        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline
-    ) -> tuple[KVArray, int]:
+        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline,
+        goal: Goal | None,
+    ) -> tuple[KVArray, int]:  # fmt: skip
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
         node, hit, reason = await self._find("get", refs, lease_ms, limit)
         chunks = _good_enough(hit.chunks, floor)
@@ -254,11 +286,19 @@ class AsyncNamespace:
             self._count_miss(reason if refs else None)
             return codec.token_slice(into, 0, 0), 0
         lease_ids = hit.lease.ids if hit.lease is not None else ()
-        fetched = await fetch(
-            node, Wanted(self.layout, self.part, chunks, wanted, floor), lease_ids, into, self._session.executor, limit,
-            self._session.metrics.bytes_received.inc,
-            lambda profile_id: self._profiles.of_object(node, profile_id, limit),
-        )  # fmt: skip
+
+        async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
+            before = part.chunks[0].first_token // self.layout.chunk_tokens
+            return await fetch(
+                node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
+                lambda profile_id: self._profiles.of_object(node, profile_id, limit), timing,
+            )  # fmt: skip
+
+        wants = Wanted(self.layout, self.part, chunks, wanted, floor)
+        if goal is None:
+            fetched = await fetch_part(wants, into, self._planner.timing(node))
+        else:
+            fetched, reason = await self._planner.fetch(goal, node, wants, into, fetch_part), SLOWER
         if fetched.error is not None:
             if isinstance(fetched.error, ProfileMissing):
                 self._lose(chunks[fetched.chunks :])

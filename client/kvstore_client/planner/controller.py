@@ -92,8 +92,8 @@ class Controller:
         return following is not None and following.quality is self._step.quality
 
     def late(self, size_bytes: int, seconds: float, now: float) -> bool:
-        """The chunk on its way has not come by `give_up_at`; so many bytes of it have, in `seconds`. Whether to wait for
-        it longer, by what that tells of the link; if not, the rest is to be recomputed."""
+        """The chunk on its way has not come by `give_up_at`; so many bytes of it have, in `seconds`. Whether to wait
+        for it longer, by what that tells of the link; if not, the rest is to be recomputed."""
         assert self._step is not None, "chunks come in a step"
         self._peer.link.observe(size_bytes, seconds, now)
         self._slow = min(self._slow, max(1.0, size_bytes / seconds if seconds > 0 else 1.0))

@@ -76,7 +76,7 @@ class RateEstimate:
         """(rate, weight) of each piece, newest first."""
         return [
             (piece.rate, 0.5 ** (order / HALF_LIFE_PIECES + max(0.0, now - piece.at) / HALF_LIFE_S))
-            for order, piece in enumerate(reversed(self._pieces))
+            for order, piece in enumerate(reversed(tuple(self._pieces)))  # a copy: threads may add to it
         ]
 
     def _quantile(self, share: float, now: float) -> float:
@@ -121,8 +121,8 @@ class PeerEstimates:
 
 
 class DecodeEstimates:
-    """The decoder's speed by quality, of one namespace: what its objects are coded with decides it. In threads: a
-    decode may add what it saw while another is being planned with (deques are safe there)."""
+    """The decoder's speed by quality, of one namespace: what its objects are coded with decides it. `observe` may be
+    called from any thread."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads

@@ -36,12 +36,13 @@ class LayerSizes:
             self._share[key] = kept * self._share[key] + (1 - kept) * share
         self._learnt = True
 
-    def choices(self, stored: Quality, stored_bytes: int, floor: Quality) -> dict[Quality, int]:
-        """Bytes to read by quality, coarsest first, none worse than `floor`. An exact object is read whole."""
+    def choices(self, stored: Quality, stored_bytes: int, best: Quality, floor: Quality) -> dict[Quality, int]:
+        """Bytes to read by quality, coarsest first, none better than `best` or worse than `floor`. An exact object is
+        read whole."""
         if stored.exact:
             return {stored: stored_bytes}
         return {
             quality: max(1, round(stored_bytes * self._share[stored, quality]))
             for quality in reversed(LOSSY)
-            if stored <= quality <= floor
+            if max(stored, best) <= quality <= floor
         }

@@ -50,8 +50,12 @@ def test_sizes_are_learnt_from_a_header() -> None:
     header = codec.parse_header(codec.encode(kv, layout, quality="high", first_position=0))
     sizes = LayerSizes()
     sizes.learn(header)
-    for quality, size in sizes.choices(Quality.HIGH, header.object_bytes, Quality.LOW).items():
+    for quality, size in sizes.choices(Quality.HIGH, header.object_bytes, Quality.RAW, Quality.LOW).items():
         assert size == header.length_for(quality)
-    assert list(sizes.choices(Quality.HIGH, 1000, Quality.LOW)) == [Quality.LOW, Quality.MEDIUM, Quality.HIGH]
-    assert list(sizes.choices(Quality.HIGH, 1000, Quality.MEDIUM)) == [Quality.MEDIUM, Quality.HIGH]
-    assert sizes.choices(Quality.LOSSLESS, 1000, Quality.LOW) == {Quality.LOSSLESS: 1000}
+    assert list(sizes.choices(Quality.HIGH, 1000, Quality.RAW, Quality.LOW)) == [
+        Quality.LOW,
+        Quality.MEDIUM,
+        Quality.HIGH,
+    ]
+    assert list(sizes.choices(Quality.HIGH, 1000, Quality.RAW, Quality.MEDIUM)) == [Quality.MEDIUM, Quality.HIGH]
+    assert sizes.choices(Quality.LOSSLESS, 1000, Quality.RAW, Quality.LOW) == {Quality.LOSSLESS: 1000}
