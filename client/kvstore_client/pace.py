@@ -26,7 +26,8 @@ class Timing:
         self.clock = clock
         self._peer, self._decode, self._sizes, self._count_received = peer, decode, sizes, count_received
         self._object_bytes = 0  # received since the last whole object
-        self._last = 0.0  # when that came
+        self._last = 0.0  # when that came, or was asked for
+        self._first = True  # of its request
 
     def received(self, size_bytes: int) -> None:
         self._count_received(size_bytes)
@@ -40,21 +41,26 @@ class Timing:
 
     async def objects(self, objects: AsyncGenerator[memoryview, None]) -> AsyncGenerator[memoryview, None]:
         """`objects`, timed; ends earlier where this fetch is not to go on."""
-        began = self._last = self.clock()
-        first, going_on = True, True
+        self._last, self._first, self._object_bytes = self.clock(), True, 0
+        going_on = True
         while going_on:
             asked = self.clock()
             blob = await self._next(objects)
             if blob is None:
                 return
             now = self.clock()
-            seconds = now - self._last
-            if first:  # the request travelled meanwhile, but a latency that is an estimate never explains all of it
-                seconds = max(seconds - self._peer.latency.expected, seconds / 2)
-            held_up = not first and asked - self._last > _HELD_UP_SHARE * seconds
-            self._last, self._object_bytes, first = max(now, began), 0, False
+            seconds = self._seconds(now)
+            held_up = not self._first and asked - self._last > _HELD_UP_SHARE * seconds
+            self._last, self._first, self._object_bytes = now, False, 0
             going_on = self._arrived(len(blob), seconds, now, held_up)
             yield blob
+
+    def _seconds(self, now: float) -> float:
+        """How long the object on its way has been coming."""
+        seconds = now - self._last
+        if self._first:  # the request travelled meanwhile; but a latency that is an estimate never explains all of it
+            return max(seconds - self._peer.latency.expected, seconds / 2)
+        return seconds
 
     async def _next(self, objects: AsyncGenerator[memoryview, None]) -> memoryview | None:
         return await anext(objects, None)
@@ -84,7 +90,7 @@ class Pace(Timing):
                     return coming.result()
                 now = self.clock()
                 if now >= self._controller.give_up_at and not self._controller.late(
-                    self._object_bytes, now - self._last, now
+                    self._object_bytes, self._seconds(now), now
                 ):
                     return None
         finally:

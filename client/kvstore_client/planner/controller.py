@@ -95,9 +95,14 @@ class Controller:
         """The chunk on its way has not come by `give_up_at`; so many bytes of it have, in `seconds`. Whether to wait
         for it longer, by what that tells of the link; if not, the rest is to be recomputed."""
         assert self._step is not None, "chunks come in a step"
-        self._peer.link.observe(size_bytes, seconds, now)
-        self._slow = min(self._slow, max(1.0, size_bytes / seconds if seconds > 0 else 1.0))
-        came_s = size_bytes / self._slow
+        chunk = self._task.chunks[self.done]
+        # Where bytes are only seen by the message, no byte says that less than all of them came.
+        at_most = size_bytes or chunk.bytes_at[chunk.no_better_than(self._step.quality)]
+        came_s = 0.0
+        if seconds > 0:
+            self._peer.link.observe(at_most, seconds, now)
+            self._slow = min(self._slow, at_most / seconds)
+            came_s = size_bytes / self._slow
         self._state = replace(self._state, now=now - self._began - came_s, flowing=self._step.quality)
         following = self._next(now)
         self._given_up = following is None or self.give_up_at <= now

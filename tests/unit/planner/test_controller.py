@@ -40,7 +40,8 @@ def controller(ttft_s: float, recompute_s: float, rate: float | None) -> Control
 
 def drive(control: Controller, of: Task, link: Link, tick_s: float = 1e-3) -> tuple[float, list[Quality]]:
     """(when all is there, what was fetched) over a link whose rate is looked at every tick."""
-    now, fetched = 0.0, []
+    now = 0.0
+    fetched: list[Quality] = []
     while (step := control.step(now)) is not None:
         for index in range(step.first, step.last):
             quality, begin, came = of.chunks[index].no_better_than(step.quality), now, 0.0
