@@ -138,7 +138,8 @@ def _controlled(case: Case, peer: PeerEstimates) -> Outcome:
             while waited and arrival > controller.give_up_at:
                 now = max(now, controller.give_up_at)
                 came = max(0.0, case.link.sent_by(now) - case.link.sent_by(begin)) if now > begin else 0.0
-                waited = controller.late(int(came), now - begin, now)
+                elapsed_s = now - begin + case.link.latency_s  # as the client's Timing has it
+                waited = controller.late(int(came), max(now - begin, elapsed_s / 2), now)
             if not waited:
                 break
             now = arrival

@@ -88,7 +88,8 @@ class NamespacePlanner:
     def _controller(
         self, goal: Goal, peer: PeerEstimates, chunks: Sequence[ChunkHit], best: Quality, floor: Quality
     ) -> Controller:
-        return Controller(self._task(goal, chunks, best, floor), peer, self._decode, goal.began)
+        task = self._task(goal, chunks, best, floor)
+        return Controller(task, peer, self._decode, time.monotonic(), goal.began)
 
     def _task(self, goal: Goal, chunks: Sequence[ChunkHit], best: Quality, floor: Quality) -> Task:
         """Raises InvalidArgument where `goal.prefill` answers what is no time."""
