@@ -15,6 +15,7 @@ import kvstore_codec as codec
 from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
 from kvstore.engine.room import Room
 from kvstore.engine.shared import SharedObject
+from kvstore.engine.stage import Staged, bytes_of
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey, Retention
 from kvstore.index.held import Entry
@@ -26,7 +27,7 @@ from kvstore.memory import return_memory, without_collecting
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, Tier
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.host import HostTier, Reserved
 from kvstore_codec import Quality
 
 READ_THREADS = 4
@@ -107,19 +108,20 @@ class Holdings:
             self.room.drop(entry, tier)
 
     def place(
-        self, key: ObjectKey, described: Described, data: Bytes, may_go: MayGo, *, in_host: bool,
+        self, key: ObjectKey, described: Described, staged: Staged, may_go: MayGo, *, in_host: bool,
         retention: Retention | None = None, durable: bool = False,
     ) -> tuple[bool, asyncio.Future[bool] | None]:  # fmt: skip
-        """Stores a whole object in memory (`in_host`: there is room) and, as configured or `durable`, queues its write
+        """Stores a whole object in memory (`in_host`: there is room, or it is there) and, as configured or `durable`, queues its write
         to disk.
 
         A worse version makes way, unless it is leased or pinned and there is no room in memory: it would be gone until
         the better one is on disk. The result is whether it is in memory, and what tells when and whether it is on
         disk: None where there is no disk or no room on it. Nothing of this key is being written."""
+        data: Bytes = bytes_of(staged)
         # On disk a replacement stands beside what it replaces for a moment: that may go first.
         wants_disk = not in_host or durable or self._disk_write != "demote"
         to_disk = wants_disk and self.room.on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
-        in_host = in_host and self._put_in_host(key, described.parent, data)
+        in_host = in_host and self._put_in_host(key, described.parent, staged)
         worse = self.index.get(key)
         if worse is not None and not in_host and self.room.is_promised(worse):
             return False, None
@@ -139,6 +141,17 @@ class Holdings:
         if not to_disk or self.queue is None:
             return in_host, None
         return in_host, self.queue.put(key, described, described.layers, data, on_disk=on_disk, retention=retention)
+
+    def allocate(self, key: ObjectKey, length: int, may_go: MayGo) -> Staged:
+        """Memory's own room for an object that is about to arrive, where there is some or some can be made; else a
+        buffer."""
+        reserved = None
+        if self.room.in_host(key, length, may_go):
+            try:
+                reserved = self.host.reserve(length)
+            except TierFailed as error:
+                self._count_host_failure(error)
+        return bytearray(length) if reserved is None else reserved
 
     def persist(self, entry: Entry, may_go: MayGo = anything) -> asyncio.Future[bool] | None:
         """Queues the write of an object that memory alone holds; None where that cannot be."""
@@ -210,16 +223,22 @@ class Holdings:
         elif (entry := self.index.get(key)) is not None:
             self.index.drop(entry, "host")
 
-    def _put_in_host(self, key: ObjectKey, parent: bytes, data: Bytes) -> bool:
+    def _put_in_host(self, key: ObjectKey, parent: bytes, data: Bytes | Reserved) -> bool:
         """Whether the bytes are in memory now; what was there of the object makes way. The index does not know yet."""
         try:
             self.host.delete(key)
-            self.host.put(key, parent, data)
+            if isinstance(data, Reserved):
+                self.host.adopt(key, data)
+            else:
+                self.host.put(key, parent, data)
         except (TierFull, TierFailed) as error:  # being read takes room; the machine may have less than was configured
-            self._metrics.tier_failures.labels("host", "write").inc()
-            self._metrics.warn_once(f"host write {error.code}", "%s; the object is not kept in memory", error)
+            self._count_host_failure(error)
             return False
         return True
+
+    def _count_host_failure(self, error: TierFull | TierFailed) -> None:
+        self._metrics.tier_failures.labels("host", "write").inc()
+        self._metrics.warn_once(f"host write {error.code}", "%s; the object is not kept in memory", error)
 
     def _demote(self, entry: Entry, may_go: MayGo) -> bool:
         return self.persist(entry, may_go) is not None

@@ -34,13 +34,13 @@ from kvstore.engine.namespaces import Namespaces
 from kvstore.engine.operations import Operations
 from kvstore.engine.pin_file import PinFile
 from kvstore.engine.shared import Shared, SharedEvents, SharedObject
-from kvstore.engine.stage import Stage
+from kvstore.engine.stage import Stage, Staged
 from kvstore.errors import DiskUnusable, InvalidRequest
 from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
 from kvstore.policies.choice import POLICIES
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.host import HostTier, Reserved
 from kvstore.tiers.redis_open import open_redis
 from kvstore_codec import KVLayout, Quality
 
@@ -190,7 +190,7 @@ class Node:
             else:
                 verdicts.append("send")
                 staged += offered.object_bytes
-        stage = Stage(layout, part, objects, verdicts, self._release)
+        stage = Stage(layout, part, objects, verdicts, self._allocate, self._release)
         self._staged_objects += stage.reserved_objects
         self._staged_bytes += stage.reserved_bytes
         return stage
@@ -210,8 +210,7 @@ class Node:
                 retention=retention, wait_for_shared=self._config.redis_write == "through",
             ).run()  # fmt: skip
         index = self._holdings.index
-        chain = [ObjectKey(stage.layout.namespace_id, offer.hash, stage.part) for offer in stage.offers]
-        rows = [row for row in map(index.row_of, chain) if row is not None]
+        rows = [row for row in map(index.row_of, stage.keys) if row is not None]
         index.touch(np.array(rows, np.int64), self._clock())
         return results
 
@@ -285,9 +284,15 @@ class Node:
         capacity = max(tier.capacity_bytes for tier in self._holdings.tiers)
         return min(self._config.object_bytes_max, codec.object_bytes_max(raw_bytes), capacity)
 
-    def _release(self, objects: int, size: int) -> None:
-        self._staged_objects -= objects
-        self._staged_bytes -= size
+    def _allocate(self, stage: Stage, index: int) -> Staged:
+        return self._holdings.allocate(stage.keys[index], stage.offers[index].object_bytes, stage.may_go)
+
+    def _release(self, stage: Stage, unused: Sequence[Staged]) -> None:
+        self._staged_objects -= stage.reserved_objects
+        self._staged_bytes -= stage.reserved_bytes
+        for staged in unused:
+            if isinstance(staged, Reserved):
+                self._holdings.host.release(staged)
 
     def _remember(self, layout: KVLayout) -> None:
         """Keeps a layout; on disk in order before the objects that follow."""

@@ -122,8 +122,15 @@ class Arena:
 
     def store(self, data: Bytes) -> Block | None:
         """A copy of `data`; None where there is no place. Raises TierFailed where the system has no memory."""
+        block = self.reserve(len(data))
+        if block is not None:
+            self._bytes[block.offset : block.offset + len(data)] = data
+        return block
+
+    def reserve(self, length: int) -> Block | None:
+        """A place for `length` bytes, with whatever was there before; None and errors as of `store`."""
         self._take_back()
-        placed_bytes = _placed_bytes(len(data))
+        placed_bytes = _placed_bytes(length)
         placement = self._allocator.place(placed_bytes)
         if placement is None:
             return None
@@ -135,18 +142,15 @@ class Arena:
         except OSError as error:
             self._retract(placement, placed_bytes)
             raise TierFailed(f"no memory for the host tier: {error.strerror}", errno=error.errno) from error
-        self._bytes[placement.offset : placement.offset + len(data)] = data
-        return Block(placement.offset, len(data), placed_bytes, self._next_generation())
+        return Block(placement.offset, length, placed_bytes, self._next_generation())
 
     def view(self, block: Block, length: int) -> memoryview:
         """Its first `length` bytes, read-only and in place."""
-        self._take_back()
-        exporter = block.lent()
-        if exporter is None:
-            exporter = np.frombuffer(self._mapping, np.uint8, block.length, block.offset)
-            exporter.flags.writeable = False
-            block.exporter = weakref.ref(exporter)
-        return exporter.data[:length]
+        return self._lend(block)[:length].toreadonly()
+
+    def writable(self, block: Block) -> memoryview:
+        """All of a block that nobody reads yet."""
+        return self._lend(block)
 
     def cut(self, block: Block, length: int) -> None:
         """Keeps the first `length` bytes. What is lent of the rest stays until views of before and since have died."""
@@ -177,6 +181,14 @@ class Arena:
         self._allocator.retract(placement, placed_bytes)
         for start, end in placement.cold:
             self._mapping.madvise(mmap.MADV_REMOVE, start, end - start)
+
+    def _lend(self, block: Block) -> memoryview:
+        self._take_back()
+        exporter = block.lent()
+        if exporter is None:
+            exporter = np.frombuffer(self._mapping, np.uint8, block.length, block.offset)
+            block.exporter = weakref.ref(exporter)
+        return exporter.data
 
     def _release(self, block: Block, place: Range) -> None:
         exporter = block.lent()

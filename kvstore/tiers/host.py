@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -10,6 +11,21 @@ from kvstore.index.entry import ObjectKey
 from kvstore.tiers.allocator import aligned
 from kvstore.tiers.arena import Arena, Block, Location
 from kvstore.tiers.base import Bytes, StoredObject
+
+
+class Reserved:
+    """Room in memory for an object that is still arriving; made by `HostTier.reserve`.
+
+    `view` is written by its only holder, then it is either adopted as an object or released; a view that somebody
+    holds on to keeps the room, so that a late write hits nothing else."""
+
+    __slots__ = ("adopted", "block", "view")
+
+    def __init__(self, block: Block, view: memoryview) -> None:
+        self.block, self.view, self.adopted = block, view, False
+
+    def __len__(self) -> int:
+        return self.block.length
 
 
 class HostTier:
@@ -93,6 +109,31 @@ class HostTier:
             self._blocks[key] = block
             if replaced is not None:
                 self._arena.free(replaced)
+
+    def reserve(self, length: int) -> Reserved | None:
+        """Room for an object of `length` bytes, which counts as used; None where there is none. It is given back by
+        `adopt` or `release`. Raises TierFailed."""
+        with self._lock:
+            if self.cost_bytes(length) > self.capacity_bytes - self._arena.used_bytes:
+                return None
+            block = self._arena.reserve(length)
+            return None if block is None else Reserved(block, self._arena.writable(block))
+
+    def adopt(self, key: ObjectKey, reserved: Reserved) -> None:
+        """What was written there is the object of this key from now on, as after `put`, without a copy."""
+        with self._lock:
+            replaced = self._blocks.get(key)
+            self._blocks[key] = reserved.block
+            reserved.adopted = True
+            if replaced is not None:
+                self._arena.free(replaced)
+
+    def release(self, reserved: Reserved) -> None:
+        """Gives back what is not wanted; not after `adopt`."""
+        with contextlib.suppress(BufferError):  # somebody is still at it: the room waits for them
+            reserved.view.release()
+        with self._lock:
+            self._arena.free(reserved.block)
 
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
         with self._lock:
