@@ -78,6 +78,10 @@ def _addresses(value: str) -> str:
     return value
 
 
+def _bulk_addresses(value: str) -> str:
+    return value if value in ("auto", "none") else _addresses(value)
+
+
 def _metrics_address(value: str) -> str:
     if value.startswith("unix:"):
         raise ValueError("must be host:port")
@@ -97,6 +101,11 @@ class NodeConfig(RedisConfig):
     listen: Annotated[str, AfterValidator(_addresses)] = Field(
         default="127.0.0.1:7070",
         description="host:port or unix:/path to serve gRPC on; several with commas; port 0: any",
+    )
+    bulk_listen: Annotated[str, AfterValidator(_bulk_addresses)] = Field(
+        default="auto",
+        description="where objects move over bare sockets: host:port or unix:/path, several with commas; auto: beside "
+        "each gRPC address, any port, and for this machine's processes; none: over gRPC only",
     )
     node_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = Field(
         default=None, description="name of this node in answers and metrics (default: the host's name)"

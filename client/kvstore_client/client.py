@@ -22,6 +22,7 @@ from kvstore_client.aio import DEADLINE_S, AsyncClient
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
+from kvstore_client.transports.bulk_path import Transport
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Profile, Quality
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class Client:
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
+        transport: Transport = "auto",
     ) -> None:  # fmt: skip
         self._async = AsyncClient(
-            target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry
-        )
+            target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry,
+            transport=transport,
+        )  # fmt: skip
 
     def namespace(
         self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False,

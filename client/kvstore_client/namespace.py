@@ -12,7 +12,7 @@ import kvstore_codec as codec
 from kvstore_client.connection import Node, failures, timeout_s, understood
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
-from kvstore_client.fetching import Wanted, fetch
+from kvstore_client.fetching import fetch
 from kvstore_client.leasing import kept_alive, renew
 from kvstore_client.lookups import lookup
 from kvstore_client.metrics import ABSENT, QUALITY
@@ -20,6 +20,7 @@ from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
 from kvstore_client.session import Session
+from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
 from kvstore_codec.arrays import PagedKV, PagedPlane, planes
 from kvstore_proto.v1 import store_pb2 as pb

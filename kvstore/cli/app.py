@@ -78,6 +78,9 @@ def serve(
     listen: Annotated[
         str | None, typer.Option(help="host:port or unix:/path; several with commas; port 0: any free one.")
     ] = None,
+    bulk_listen: Annotated[
+        str | None, typer.Option(help="Where objects move over bare sockets: auto, none, or addresses as --listen.")
+    ] = None,
     node_id: Annotated[str | None, typer.Option(help="Name of this node (default: the host's).")] = None,
     host_capacity: Annotated[str | None, typer.Option(help='RAM for objects, such as "4GiB".')] = None,
     huge_pages: Annotated[bool | None, typer.Option(help="Keep objects in pages of 2 MiB.")] = None,
@@ -117,7 +120,8 @@ def serve(
     from kvstore.cli.serve import serve_node
 
     flags = {
-        "listen": listen, "node_id": node_id, "host_capacity": host_capacity, "huge_pages": huge_pages,
+        "listen": listen, "bulk_listen": bulk_listen, "node_id": node_id,
+        "host_capacity": host_capacity, "huge_pages": huge_pages,
         "disk_path": disk_path, "disk_capacity": disk_capacity, "disk_write": disk_write,
         "eviction_policy": eviction_policy, "degrade_floor": degrade_floor,
         "soft_pin_share": soft_pin_share, "hard_pin_share": hard_pin_share,

@@ -111,8 +111,8 @@ class Holdings:
         self, key: ObjectKey, described: Described, staged: Staged, may_go: MayGo, *, in_host: bool,
         retention: Retention | None = None, durable: bool = False,
     ) -> tuple[bool, asyncio.Future[bool] | None]:  # fmt: skip
-        """Stores a whole object in memory (`in_host`: there is room, or it is there) and, as configured or `durable`, queues its write
-        to disk.
+        """Stores a whole object in memory (`in_host`: there is room, or it is there) and, as configured or `durable`,
+        queues its write to disk.
 
         A worse version makes way, unless it is leased or pinned and there is no room in memory: it would be gone until
         the better one is on disk. The result is whether it is in memory, and what tells when and whether it is on

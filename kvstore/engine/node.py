@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -172,6 +174,20 @@ class Node:
             for key, each in zip(absent, found, strict=False):
                 self._holdings.take_in(key, each)
         return found
+
+    @contextmanager
+    def shared_memory(self) -> Iterator[tuple[int, int]]:
+        """(descriptor, bytes) of the memory that holds objects, to be mapped by another process, which cannot write."""
+        host = self._holdings.host
+        descriptor = os.open(f"/proc/self/fd/{host.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor, host.space_bytes
+        finally:
+            os.close(descriptor)
+
+    def place_of(self, data: memoryview) -> int | None:
+        """Where in that memory something is that `read` gave, for as long as somebody holds it; None: elsewhere."""
+        return self._holdings.host.place_of(data)
 
     def offer(self, namespace_id: bytes, layout_bytes: bytes, part: int, objects: Sequence[Offer]) -> Stage:
         """Decides what a writer should send and reserves room for it. Raises InvalidRequest."""

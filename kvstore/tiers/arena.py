@@ -81,10 +81,15 @@ class Arena:
         self.fd, self._mapping = _map(self._allocator.space_bytes, huge_pages)
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         self._bytes = memoryview(self._mapping)
+        self._address = _address(self._bytes)
         self._generation = 0
         self._returned: deque[weakref.ref[Exporter]] = deque()
         self._waiting: dict[int, tuple[weakref.ref[Exporter], Range]] = {}
         self._waiting_bytes = 0
+
+    @property
+    def space_bytes(self) -> int:
+        return self._allocator.space_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -152,6 +157,11 @@ class Arena:
         """All of a block that nobody reads yet."""
         return self._lend(block)
 
+    def offset_of(self, view: memoryview) -> int | None:
+        """Where a view starts; None for one of other memory."""
+        offset = _address(view) - self._address
+        return offset if 0 <= offset < self.space_bytes else None
+
     def cut(self, block: Block, length: int) -> None:
         """Keeps the first `length` bytes. What is lent of the rest stays until views of before and since have died."""
         kept = _placed_bytes(length)
@@ -209,6 +219,11 @@ class Arena:
     def _next_generation(self) -> int:
         self._generation += 1
         return self._generation
+
+
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, np.uint8).ctypes.data
+    return address
 
 
 def _placed_bytes(length: int) -> int:

@@ -160,6 +160,15 @@ class HostTier:
             block = self._blocks.get(key)
             return None if block is None else Location(block.offset, block.length, block.generation)
 
+    def place_of(self, view: memoryview) -> int | None:
+        """The offset in the memory behind `fd` of a view that `read` gave; None for other memory."""
+        return self._arena.offset_of(view)
+
+    @property
+    def space_bytes(self) -> int:
+        """Of the memory behind `fd`, most of it never committed."""
+        return self._arena.space_bytes
+
     def scan(self) -> Iterator[StoredObject]:
         """Nothing: memory does not outlive the process."""
         return iter(())
