@@ -234,6 +234,7 @@ def _map(space_bytes: int, huge_pages: bool) -> tuple[int, mmap.mmap]:
     fd = os.memfd_create("kvstore-host", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, space_bytes)
+        os.fchmod(fd, 0o400)  # who it is shared with does not open it for writing by mistake
         mapping = mmap.mmap(fd, space_bytes)
         if huge_pages:
             mapping.madvise(mmap.MADV_HUGEPAGE)

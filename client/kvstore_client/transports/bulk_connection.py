@@ -102,7 +102,9 @@ class BulkConnection:
                     raise BadFrame(f"object {found.index} came out of place")
                 largest = wanted.chunks[index].stored_bytes
                 if found.kind is Kind.PLACE:
-                    hand_over(self._in_place(self._socket.payload(found), largest))
+                    blob = self._in_place(self._socket.payload(found), largest)
+                    count_received(len(blob.data))
+                    hand_over(blob)
                     in_place = True
                     continue
                 if not 0 < found.length <= largest:

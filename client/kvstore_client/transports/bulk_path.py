@@ -180,6 +180,8 @@ class BulkPath:
                 transfer_pb2.ConnectRequest(version=VERSION), timeout=deadline.remaining()
             )
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:  # a node of before there was such a path
+                return transfer_pb2.ConnectResponse()
             raise from_status(error.code(), error.details(), self._seed) from None
         return answer
 
