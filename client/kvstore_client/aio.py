@@ -28,9 +28,9 @@ class AsyncClient:
 
     `target`: "host:port", "unix:///path", or several of them (a list, or with commas). `deadline`: seconds that a
     call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
-    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "grpc", or where the node has
-    it "tcp", "unix" or "shm" (this machine's shared memory), or "auto", the best of all. Connects when first used;
-    raises InvalidArgument.
+    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "grpc"; or, where the
+    node has it, "tcp", "unix" or "shm" (this machine's shared memory); or "auto", the best of them all. Connects when
+    first used; raises InvalidArgument.
     """
 
     def __init__(

@@ -22,12 +22,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kv_objects import small_layout
 from kv_strategies import bits, random_kv
-from node_process import NodeProcess
+from node_process import KVSTORE, NodeProcess
 from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
 from kvstore_client import AsyncClient, Client, InvalidArgument, fetching
+from kvstore_client.transports.bulk_path import Transport
 from kvstore_proto.v1 import admin_pb2, store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import HEADER_BYTES, Kind, frame, hello, parse_header
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded
@@ -108,7 +109,7 @@ def fetch_request(*, places: bool, hold_ms: int = 60_000) -> bytes:
 
 @pytest.mark.parametrize("transport", ["grpc", "tcp", "unix", "shm"])
 @pytest.mark.parametrize("quality", ["raw", "high"])
-def test_every_way_brings_the_same_values(node: NodeProcess, transport: str, quality: str) -> None:
+def test_every_way_brings_the_same_values(node: NodeProcess, transport: Transport, quality: str) -> None:
     """Memory is smaller than the prompt, so that some objects come from disk."""
     registry = CollectorRegistry()
     before = calls(node, METHODS[transport]), calls(node, "BulkPut")
@@ -124,7 +125,8 @@ def test_every_way_brings_the_same_values(node: NodeProcess, transport: str, qua
         again = cache.put(TOKENS, KV, quality=quality)
         low, _ = cache.get(TOKENS, quality="low") if quality == "high" else (None, 0)
         low_expected, _ = reference.get(TOKENS, quality="low") if quality == "high" else (None, 0)
-    assert tokens == len(TOKENS) and bits(got) == bits(expected)
+    assert tokens == len(TOKENS)
+    assert bits(got) == bits(expected)
     assert again.have == CHUNKS
     if quality == "raw":
         assert bits(got) == bits(KV)
@@ -146,7 +148,8 @@ async def test_the_best_way_is_found_in_the_background(node: NodeProcess) -> Non
         wait_until(lambda: calls(node, "Put") == puts + 1, "the first call does not wait for it")
         for _ in range(1000):
             kv, tokens = await cache.get(TOKENS[:64])
-            assert tokens == 64 and bits(kv) == bits(codec.token_slice(KV, 0, 64))
+            assert tokens == 64
+            assert bits(kv) == bits(codec.token_slice(KV, 0, 64))
             if calls(node, "BulkFetch") > before:
                 break
             await asyncio.sleep(0.01)
@@ -181,10 +184,10 @@ def test_beside_a_unix_socket_there_is_another(start_node: Callable[..., NodePro
 def test_an_address_that_is_taken_is_refused_in_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        command = [Path(sys.executable).with_name("kvstore"), "serve", "--listen", "127.0.0.1:0"]
         ended = subprocess.run(
-            [*command, "--bulk-listen", f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=60, check=False
-        )
+            [KVSTORE, "serve", "--listen", "127.0.0.1:0", "--bulk-listen", f"127.0.0.1:{port}"],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
     assert ended.returncode == 2
     (line,) = [line for line in ended.stderr.splitlines() if line.startswith("kvstore:")]
     assert "pass another --bulk-listen" in line
@@ -207,7 +210,8 @@ def test_a_node_that_is_killed_is_found_again(start_node: Callable[..., NodeProc
         node = start_node(*flags, listen=node.address)
         wait_until(lambda: cache.get(TOKENS)[1] == len(TOKENS), "the node is found again")
         kv, tokens = cache.get(TOKENS)
-    assert tokens == len(TOKENS) and bits(kv) == bits(KV)
+    assert tokens == len(TOKENS)
+    assert bits(kv) == bits(KV)
     assert calls(node, "BulkFetch") >= 1
 
 
@@ -238,7 +242,8 @@ def test_memory_is_shared_over_unix_sockets_only(node: NodeProcess) -> None:
     with let_in(node) as connection:
         connection.send(Kind.MAP, 0)
         ended = transfer_pb2.Ended.FromString(connection.payload(connection.receive(Kind.END)))
-        assert ended.code == "invalid_request" and "unix" in ended.details
+        assert ended.code == "invalid_request"
+        assert "unix" in ended.details
         with pytest.raises(ConnectionEnded):
             connection.receive(Kind.MAPPED)
 
@@ -264,8 +269,7 @@ def test_shared_memory_is_for_reading(node: NodeProcess) -> None:
 def test_what_is_read_in_place_stays_until_it_is_released(node: NodeProcess) -> None:
     with places(node, hold_ms=60_000) as connection:
         assert gauge(node, WAITING) > 0
-        connection.send(Kind.RELEASE, 0)
-        connection.receive(Kind.RELEASED)
+        release(connection)
         wait_until(lambda: gauge(node, WAITING) == 0, "the memory is free")
         connection.send(Kind.FETCH, 0, fetch_request(places=True))
         assert connection.receive(Kind.PLACE, Kind.OBJECT), "and the connection is good for more"
@@ -283,8 +287,7 @@ def test_a_reader_that_forgets_holds_nothing_past_its_lease(node: NodeProcess, h
     with places(node, hold_ms) as connection:
         wait_until(lambda: gauge(node, WAITING) == 0, "the memory is free")
         with pytest.raises(ConnectionEnded):
-            connection.send(Kind.RELEASE, 0)
-            connection.receive(Kind.RELEASED)
+            release(connection)
 
 
 def test_a_reader_killed_while_it_reads_holds_nothing(node: NodeProcess) -> None:
@@ -326,6 +329,11 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256
+
+
+def release(connection: BulkSocket) -> None:
+    connection.send(Kind.RELEASE, 0)
+    connection.receive(Kind.RELEASED)
 
 
 @contextmanager

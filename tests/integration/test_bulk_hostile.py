@@ -14,6 +14,7 @@ from bulk_liar import BulkLiar, Script
 from hostile_server import HANG_S_MAX, Held, HostileServer, takes_all
 from kv_objects import small_layout
 from kv_strategies import bits
+from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
@@ -117,13 +118,16 @@ def hangs_up(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
 
 async def test_a_path_that_breaks_before_it_brought_anything_is_left_for_grpc() -> None:
     registry = CollectorRegistry()
-    with BulkLiar(hangs_up) as liar:
-        with HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, put=takes_all, connect=liar.connect) as server:
-            kv, tokens = await get(server.address, strict=True, registry=registry)
-            async with AsyncClient(server.address, transport="tcp", strict=True, registry=registry) as client:
-                other = Held.of(LAYOUT, 2, seed=99)
-                stored = await client.namespace(LAYOUT).put(other.tokens, other.kv, quality="raw")
-    assert tokens == len(HELD.tokens) and bits(kv) == bits(HELD.kv)
+    with (
+        BulkLiar(hangs_up) as liar,
+        HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, put=takes_all, connect=liar.connect) as server,
+    ):
+        kv, tokens = await get(server.address, strict=True, registry=registry)
+        async with AsyncClient(server.address, transport="tcp", strict=True, registry=registry) as client:
+            other = Held.of(LAYOUT, 2, seed=99)
+            stored = await client.namespace(LAYOUT).put(other.tokens, other.kv, quality="raw")
+    assert tokens == len(HELD.tokens)
+    assert bits(kv) == bits(HELD.kv)
     assert stored.stored == 2
     assert liar.requests == [Kind.FETCH, Kind.OFFER]
     failed = {"call": "bulk", "reason": Unavailable.code.value}
@@ -149,7 +153,8 @@ async def test_without_a_bulk_path_there_is_grpc(answer: Callable[..., transfer_
                 server.address, transport=transport, strict=True, registry=CollectorRegistry()
             ) as client:  # fmt: skip
                 kv, tokens = await client.namespace(LAYOUT).get(HELD.tokens)
-                assert tokens == len(HELD.tokens) and bits(kv) == bits(HELD.kv)
+                assert tokens == len(HELD.tokens)
+                assert bits(kv) == bits(HELD.kv)
 
 
 async def test_a_cancelled_get_hangs_up_and_writes_nothing_more() -> None:
@@ -164,8 +169,7 @@ async def test_a_cancelled_get_hangs_up_and_writes_nothing_more() -> None:
     with BulkLiar(waits) as liar, HostileServer(lookup=HELD.lookup, connect=liar.connect) as server:
         async with AsyncClient(server.address, transport="tcp", registry=CollectorRegistry()) as client:
             getting = asyncio.ensure_future(client.namespace(LAYOUT).get(HELD.tokens, out=out, deadline=30.0))
-            while not liar.requests:
-                await asyncio.sleep(0.01)
+            await asyncio.to_thread(wait_until, lambda: bool(liar.requests), "the request is there")
             getting.cancel()
             await asyncio.wait([getting])
             out[...] = 0
