@@ -82,6 +82,7 @@ async def put(
         await stream.done_writing()
         results = (await stream.answer("results")).results.results
         _check(node, len(results) == len(chunks) and _OUTCOMES.issuperset(result.outcome for result in results))
+        await stream.settle()
     return [
         Stored(
             chunk.ref, pb.Outcome.Name(result.outcome).removeprefix("OUTCOME_").lower(), one_line(result.reason),
