@@ -2,8 +2,9 @@
 
 Direct I/O is what `dd oflag=direct conv=fdatasync` and `dd iflag=direct` do: O_DIRECT, blocks as long as an object, one
 sync at the end. The tier stores objects with `put`, which syncs each twice (data, index), and with `put_many`, as the
-node's write-behind queue does, from the host tier's memory, where the node has them. Contestants take turns on the same disk; each reads what it wrote, dropped from the page
-cache before. What comes back is compared with what was put, outside the timing.
+node's write-behind queue does, from the host tier's memory, where the node has them. Contestants take turns on the same
+disk; each reads what it wrote, dropped from the page cache before. What comes back is compared with what was put,
+outside the timing.
 
 The million are real objects of one block each, stored by `put_many`; a new process opens them. `--node` also starts a
 node on them.
