@@ -120,6 +120,9 @@ class NodeConfig(RedisConfig):
         default="behind",
         description="when objects go to disk: behind every put, before it is answered, or when memory has no room",
     )
+    disk_admission: Literal["all", "second-use"] = Field(
+        default="all", description="which objects go to disk: all, or those that are used again, to spare flash"
+    )
     eviction_policy: PolicyName = Field(
         default="gittins", description="which objects go first when a tier is full (docs/eviction.md)"
     )

@@ -75,6 +75,9 @@ class NodeMetrics:
             "degradations", "Objects that lost their finest quality layer, by tier, quality left and reason.",
             "tier", "quality", "reason",
         )  # fmt: skip
+        self.admissions = counter(
+            "disk_admissions", "Objects that were to go to disk, by whether they did: written or held_back.", "result"
+        )
         self.leases = counter("lease_events", "Leases taken, renewed, released, and renewed too late.", "event")
         self.evictions = counter("evictions", "Objects evicted, by tier and reason.", "tier", "reason")
         self.integrity_failures = counter(

@@ -27,6 +27,7 @@ from kvstore.memory import return_memory, without_collecting
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, Tier
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_admission import RejectFirst
 from kvstore.tiers.host import HostTier, Reserved
 from kvstore_codec import Quality
 
@@ -43,7 +44,8 @@ class Holdings:
 
     def __init__(
         self, host: HostTier, disk: DiskTier | None, metrics: NodeMetrics, clock: Callable[[], float], *,
-        policy: NewPolicy, floor: Quality | None, disk_write: DiskWrite, soft_pin_share: float, hard_pin_share: float,
+        policy: NewPolicy, floor: Quality | None, disk_write: DiskWrite, admission: RejectFirst | None,
+        soft_pin_share: float, hard_pin_share: float,
     ) -> None:  # fmt: skip
         self.host, self.disk = host, disk
         capacity = max(tier.capacity_bytes for tier in self.tiers)
@@ -52,7 +54,8 @@ class Holdings:
             ("host", "disk"), policy, floor=floor, is_held=lambda row: self.leases.holds(row), on_forget=self._forget
         )
         self.leases = Leases(self.index.columns)
-        self._metrics, self._clock, self._disk_write = metrics, clock, disk_write
+        self._metrics, self._clock = metrics, clock
+        self._disk_write, self._admission = disk_write, admission
         if disk is not None:
             self._load(disk)
         self.queue = DiskQueue(disk, self.index, metrics, clock) if disk is not None else None
@@ -119,7 +122,8 @@ class Holdings:
         disk: None where there is no disk or no room on it. Nothing of this key is being written."""
         data: Bytes = bytes_of(staged)
         # On disk a replacement stands beside what it replaces for a moment: that may go first.
-        wants_disk = not in_host or durable or self._disk_write != "demote"
+        is_below = (held := self.index.get(key)) is not None and "disk" in held.tiers
+        wants_disk = not in_host or durable or (self._disk_write != "demote" and (is_below or self._is_admitted(key)))
         to_disk = wants_disk and self.room.on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
         in_host = in_host and self._put_in_host(key, described.parent, staged)
         worse = self.index.get(key)
@@ -166,6 +170,14 @@ class Holdings:
             return None
         return self.queue.put(key, entry.described, entry.layers_in("host"), data, on_disk=entry.length_in("disk"))
 
+    def used_again(self, entry: Entry, may_go: MayGo = anything) -> None:
+        """Writes what was not admitted to the disk when it was put, and is worth it by now."""
+        behind = self.queue is not None and self._disk_write == "behind"
+        if self._admission is None or not behind or entry.tiers != ("host",) or self.room.is_writing(entry.key):
+            return
+        if self._is_admitted(entry.key):
+            self.persist(entry, may_go)
+
     def take_in(self, key: ObjectKey, found: SharedObject) -> None:
         """Keeps in memory what was read from the shared tier, where that costs nothing that was used since."""
         length, index = len(found.data), self.index
@@ -204,7 +216,9 @@ class Holdings:
                 continue
             if data is not None:
                 self._metrics.count_read(tier, described.quality_of(layers), length)
-                if tier != "host" and entry.held and length == entry.length:
+                if tier == "host":
+                    self.used_again(entry)
+                elif entry.held and length == entry.length:
                     self._promote(entry, data)
                 return data
             if not entry.held:
@@ -241,7 +255,16 @@ class Holdings:
         self._metrics.warn_once(f"host write {error.code}", "%s; the object is not kept in memory", error)
 
     def _demote(self, entry: Entry, may_go: MayGo) -> bool:
-        return self.persist(entry, may_go) is not None
+        wanted = entry.reads > 0 or self._is_admitted(entry.key)
+        return wanted and self.persist(entry, may_go) is not None
+
+    def _is_admitted(self, key: ObjectKey) -> bool:
+        """Whether what memory alone has is written to disk now that it is used, or about to go."""
+        if self._admission is None or self.queue is None:
+            return True
+        admitted = self._admission.admit(key)
+        self._metrics.admissions.labels("written" if admitted else "held_back").inc()
+        return admitted
 
     def _forget(self, row: int) -> None:
         self.leases.forget(row)

@@ -42,6 +42,7 @@ from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
 from kvstore.policies.choice import POLICIES
 from kvstore.tiers.disk import DiskTier
+from kvstore.tiers.disk_admission import RejectFirst
 from kvstore.tiers.host import HostTier, Reserved
 from kvstore.tiers.redis_open import open_redis
 from kvstore_codec import KVLayout, Quality
@@ -345,7 +346,8 @@ def _open_tiers(
     def holdings(host: HostTier, disk: DiskTier | None) -> Holdings:
         return Holdings(
             host, disk, metrics, clock, policy=POLICIES[config.eviction_policy], floor=floor,
-            disk_write=config.disk_write, soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
+            disk_write=config.disk_write, admission=RejectFirst() if config.disk_admission == "second-use" else None,
+            soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
         )  # fmt: skip
 
     host = HostTier(config.host_capacity, config.huge_pages)

@@ -29,6 +29,7 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.config import NodeConfig
 from kvstore.engine.node import Node
+from kvstore.memory import keep_out_of_collections
 from kvstore.service.admin import AdminService
 from kvstore.service.boundary import Boundary
 from kvstore.service.bulk.listener import BulkServer, addresses_beside
@@ -113,6 +114,7 @@ async def _serve(
             for service in ("", *SERVICES):
                 await health_service.set(service, health_pb2.HealthCheckResponse.SERVING)
             ready = Ready(addresses, metrics_url, config.node_name, os.getpid(), node.stat().objects)
+            keep_out_of_collections()
             log.info("ready on %s, %d objects", ", ".join(addresses), ready.objects)
             on_ready(ready)
             received = await signals.get()

@@ -31,7 +31,7 @@ class Reserved:
 class HostTier:
     """Copies what it is given, and lends read-only views of it that never change, whatever happens to the object.
 
-    `used_bytes` counts each object in multiples of 64 bytes, and objects that are gone while views of them are held.
+    `used_bytes` counts each object in multiples of 512 bytes, and objects that are gone while views of them are held.
     The process takes at most a sixteenth (at least 1 MiB) more memory than `capacity_bytes`, and only as objects come.
     Every method may be called from any thread; one runs at a time. Raises ConfigError where the machine has not
     the addresses or the huge pages."""

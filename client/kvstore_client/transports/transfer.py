@@ -159,7 +159,9 @@ class Put:
             return answer.results
         await self._stream.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
         await self._stream.done_writing()
-        return (await self._stream.answer("results")).results
+        results = (await self._stream.answer("results")).results
+        await self._stream.settle()
+        return results
 
     async def aclose(self) -> None:
         """A put that is not committed leaves nothing behind."""
