@@ -63,7 +63,7 @@ class Commit:
         if verdict == "have":
             held = self._holdings.index.get(key)
             if held is not None and held.at_least(offer.quality):
-                self._holdings.used_again(held, self._may_go)
+                self._holdings.used_again(held, self._stage.may_go)
                 return "have", ""
             return "rejected", "evicted since the offer: put it again"
         staged = self._stage.take(index)
