@@ -76,6 +76,8 @@ class NodeMetrics:
             "tier", "quality", "reason",
         )  # fmt: skip
         self.leases = counter("lease_events", "Leases taken, renewed, released, and renewed too late.", "event")
+        self.live_writes = counter("live_writes", "Live writes that ended, by outcome.", "outcome")
+        self.live_follows = counter("live_follows", "Readers who asked for a live write, by what they found.", "result")
         self.evictions = counter("evictions", "Objects evicted, by tier and reason.", "tier", "reason")
         self.integrity_failures = counter(
             "integrity_failures", "Objects whose bytes were not what they should be, by where and what.", "tier", "code"

@@ -19,6 +19,7 @@ from kvstore import __version__
 from kvstore.config import NodeConfig
 from kvstore.engine.commit import Commit
 from kvstore.engine.holdings import Holdings
+from kvstore.engine.live import LiveWrites
 from kvstore.engine.model import (
     LookupResult,
     NodeStat,
@@ -69,6 +70,7 @@ class Node:
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
         self._staged_objects = self._staged_bytes = self._deletes = 0
+        self.live = LiveWrites(self._reserve, lambda size: self._release(0, size), self._is_stored, metrics)
 
     @classmethod
     async def open(
@@ -213,6 +215,7 @@ class Node:
         chain = [ObjectKey(stage.layout.namespace_id, offer.hash, stage.part) for offer in stage.offers]
         rows = [row for row in map(index.row_of, chain) if row is not None]
         index.touch(np.array(rows, np.int64), self._clock())
+        self.live.wake()
         return results
 
     def abort(self, stage: Stage) -> None:
@@ -267,7 +270,8 @@ class Node:
     def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
         holdings = self._holdings
         return {
-            "staged_bytes": ("Bytes reserved by puts in flight.", lambda: self._staged_bytes),
+            "staged_bytes": ("Bytes reserved by puts and live writes in flight.", lambda: self._staged_bytes),
+            "live_writers": ("Live writes that are open.", lambda: len(self.live)),
             "disk_queue_bytes": (
                 "Bytes on their way to disk.", lambda: holdings.queue.pending_bytes if holdings.queue else 0
             ),
@@ -284,6 +288,17 @@ class Node:
         raw_bytes = layout.chunk_tokens * layout.part_layout(part).bytes_per_token
         capacity = max(tier.capacity_bytes for tier in self._holdings.tiers)
         return min(self._config.object_bytes_max, codec.object_bytes_max(raw_bytes), capacity)
+
+    def _reserve(self, size: int) -> bool:
+        """Whether there is room in flight for so many bytes more, which are then taken."""
+        if self._staged_bytes + size > self._config.staged_bytes_max:
+            return False
+        self._staged_bytes += size
+        return True
+
+    def _is_stored(self, key: ObjectKey, floor: Quality) -> bool:
+        entry = self._holdings.index.get(key)
+        return entry is not None and entry.at_least(floor) and entry.described.provenance <= floor
 
     def _release(self, objects: int, size: int) -> None:
         self._staged_objects -= objects

@@ -31,11 +31,13 @@ from kvstore.engine.node import Node
 from kvstore.service.admin import AdminService
 from kvstore.service.boundary import Boundary
 from kvstore.service.listen import EXCLUSIVE_PORT, bind, unlink_sockets
+from kvstore.service.live import LiveService
 from kvstore.service.metrics_http import metrics_endpoint
 from kvstore.service.store import StoreService
 from kvstore.service.streams import StreamMetrics
-from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, store_pb2
+from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, live_pb2, store_pb2
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, add_framed_store_servicer
+from kvstore_proto.v1.live_framing import add_framed_live_servicer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ RPCS_MAX = 1024  # served at once; more are answered RESOURCE_EXHAUSTED
 LAST_ANSWERS_S = 0.5  # a call is done here a moment before its answer has left
 SERVICES = tuple(
     pool.services_by_name[name].full_name
-    for pool, name in ((store_pb2.DESCRIPTOR, "Store"), (admin_pb2.DESCRIPTOR, "Admin"))
+    for pool, name in ((store_pb2.DESCRIPTOR, "Store"), (live_pb2.DESCRIPTOR, "Live"), (admin_pb2.DESCRIPTOR, "Admin"))
 )
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -84,8 +86,10 @@ async def _serve(
 ) -> None:  # fmt: skip
     boundary = Boundary(registry)
     server = grpc.aio.server(interceptors=[boundary], options=SERVER_OPTIONS, maximum_concurrent_rpcs=RPCS_MAX)
-    store = StoreService(node, stream_idle_s=config.stream_idle_s, metrics=StreamMetrics(registry))
+    metrics = StreamMetrics(registry)
+    store = StoreService(node, stream_idle_s=config.stream_idle_s, metrics=metrics)
     add_framed_store_servicer(store, server)
+    add_framed_live_servicer(LiveService(node, stream_idle_s=config.stream_idle_s, metrics=metrics), server)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(node), server)  # type: ignore[no-untyped-call]
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -101,6 +105,7 @@ async def _serve(
         received = await signals.get()
         log.info("%s: finishing calls in flight, at most %g s", received.name, config.shutdown_grace_s)
         await health_service.enter_graceful_shutdown()
+        node.live.stop_waiting()
         await _drain(server, boundary, signals, config.shutdown_grace_s)
     finally:
         await server.stop(None)
