@@ -22,6 +22,7 @@ from kvstore_client.errors import (
 )  # fmt: skip
 from kvstore_cluster.placement import rank
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
+from kvstore_proto.v1.live_framing import FramedLiveStub
 
 R = TypeVar("R")
 #: What another node may do better: the caller's mistakes and the lies of a node are not among it.
@@ -45,6 +46,7 @@ class Node:
 
     address: str
     stub: FramedStoreStub
+    live: FramedLiveStub
 
 
 class Connections:
@@ -64,8 +66,8 @@ class Connections:
         if self._closed:
             raise _closed_meanwhile(seed)
         if seed not in self._nodes:
-            self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
-            self._nodes[seed] = Node(seed, FramedStoreStub(self._channels[seed]))
+            channel = self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
+            self._nodes[seed] = Node(seed, FramedStoreStub(channel), FramedLiveStub(channel))
         return self._nodes[seed]
 
     def ranked(self, key: bytes) -> Iterator[Node]:

@@ -71,6 +71,14 @@ async def put(
 ) -> list[Stored]:  # fmt: skip
     """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
     blobs = await _encode(source, chunks, executor, DeadlineCoder(deadline))
+    return await put_encoded(node, source, chunks, blobs, deadline, count_sent)
+
+
+async def put_encoded(
+    node: Node, source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None], deadline: Deadline,
+    count_sent: Callable[[int], None],
+) -> list[Stored]:  # fmt: skip
+    """The same with one object a chunk, None for what the node holds; of `source`, the KV is not looked at."""
     async with put_stream(node, timeout_s(deadline)) as stream:
         await stream.write(Framed(pb.PutRequest(offer=_offer(source, chunks, blobs))))
         verdicts = (await stream.answer("verdicts")).verdicts.verdicts

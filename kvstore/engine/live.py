@@ -61,7 +61,7 @@ class LiveWrite:
 
     def __init__(self, opening: LiveOpening, reserve: Callable[[int], None], release: Callable[[int], None]) -> None:
         self.opening = opening
-        self.sealed = self.closed = False
+        self.closed = False
         self._reserve, self._release = reserve, release
         self._pieces: list[Piece] = []
         self._layer, self._received, self._expected = -1, 0, 0
@@ -71,8 +71,6 @@ class LiveWrite:
 
     def add(self, piece: Piece) -> None:
         """The next piece. Raises InvalidRequest (out of order, too long), TierFull (too much in flight)."""
-        if self.sealed:
-            raise InvalidRequest("a live write ends with its seal")
         if self._received == self._expected:
             self._begin(piece)
         elif piece.object_bytes:
@@ -89,12 +87,10 @@ class LiveWrite:
         self._pieces.append(piece)
         self._wake()
 
-    def seal(self) -> None:
-        """Nothing follows. Raises InvalidRequest where layers are missing."""
-        if self._received < self._expected or self._layer + 1 < self.opening.layers:
-            raise InvalidRequest("a live write is sealed before its last layer is complete", layer=self._layer)
-        self.sealed = True
-        self._wake()
+    @property
+    def complete(self) -> bool:
+        """All layers have come."""
+        return self._layer + 1 == self.opening.layers and self._received == self._expected
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -106,8 +102,8 @@ class LiveWrite:
             self._let_go()
 
     async def follow(self, chunks: int) -> AsyncGenerator[Piece, None]:
-        """The pieces of the first `chunks` chunks, from the first layer on, as they come; ends with the write: `sealed`
-        says how. To be read inside `kept`."""
+        """The pieces of the first `chunks` chunks, from the first layer on, as they come; ends with the last
+        layer, or the write. To be read inside `kept`."""
         left = at = 0
         while True:
             while at < len(self._pieces):
@@ -119,7 +115,7 @@ class LiveWrite:
                 left -= len(data)
                 if len(data):
                     yield piece._replace(object_bytes=object_bytes, data=data)
-            if self.sealed or self.closed:
+            if self.complete or self.closed:
                 return
             await self._changed.wait()
 
@@ -189,13 +185,13 @@ class LiveWrites:
         return write
 
     def close(self, write: LiveWrite) -> None:
-        """Ends a write: for its readers too, unless it is sealed."""
+        """Ends a write: for its readers too, unless it is complete."""
         write.close()
         key = _first_key(write.opening)
         self._by_first[key].remove(write)
         if not self._by_first[key]:
             del self._by_first[key]
-        self._metrics.live_writes.labels("sealed" if write.sealed else "aborted").inc()
+        self._metrics.live_writes.labels("complete" if write.complete else "aborted").inc()
 
     def wake(self) -> None:
         """Something was stored, or begun to be written: those who wait look again."""

@@ -1,7 +1,7 @@
 """The Live service: a writer's layers are handed on to its readers piece by piece, as they arrive.
 
 A write ends with its writer's stream, whatever ends that: its end, a reset connection, a cancellation, a piece out of
-place, no progress for the idle limit, no room. Readers then get what has come, and see that there is no end message.
+place, no progress for the idle limit, no room. Readers then get what has come, and see that layers are missing.
 """
 
 from __future__ import annotations
@@ -51,12 +51,9 @@ class LiveService(pb_grpc.LiveServicer):
 
     async def _receive(self, write: LiveWrite, context: Context, idle: IdleLimit) -> None:
         while (message := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-            piece = live_requests.live_piece(message)
-            if piece is None:
-                write.seal()
-            else:
-                write.add(piece)
-                self._metrics.live_in.inc(len(piece.data))
+            piece = live_requests.piece(message)
+            write.add(piece)
+            self._metrics.live_in.inc(len(piece.data))
             idle.progress()
 
     async def _hand_on(self, found: Found, context: Context) -> None:
@@ -70,8 +67,6 @@ class LiveService(pb_grpc.LiveServicer):
             response = pb.FollowResponse(layer=piece.layer, offset=piece.offset, object_bytes=piece.object_bytes)
             await self._send(context, Framed(response, piece.data))
             self._metrics.live_out.inc(len(piece.data))
-        if found.write.sealed:
-            await self._send(context, Framed(pb.FollowResponse(end=pb.LiveEnd())))
 
     async def _send(self, context: Context, message: Framed[pb.FollowResponse]) -> None:
         with IdleLimit(self._stream_idle_s):

@@ -26,14 +26,9 @@ def opening(first: pb.LiveWriteRequest) -> LiveOpening:
     )  # fmt: skip
 
 
-def live_piece(message: Framed[pb.LiveWriteRequest]) -> Piece | None:
-    """A message after the opening; None: it is the seal."""
-    kind = message.head.WhichOneof("kind")
-    if kind == "seal":
-        if len(message.data):
-            raise InvalidRequest("a seal carries no data", bytes=len(message.data))
-        return None
-    if kind is not None:
+def piece(message: Framed[pb.LiveWriteRequest]) -> Piece:
+    """A message after the opening."""
+    if message.head.WhichOneof("kind") is not None:
         raise InvalidRequest("a live write is opened once, at its start")
     if not 0 < len(message.data) <= DATA_BYTES_MAX:
         raise InvalidRequest(f"a piece has 1–{DATA_BYTES_MAX} bytes of data", bytes=len(message.data))

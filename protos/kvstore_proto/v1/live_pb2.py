@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvstore_proto/v1/live.proto\x12\nkvstore.v1\"\xa9\x01\n\x10LiveWriteRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.kvstore.v1.LiveOpenH\x00\x12$\n\x04seal\x18\x02 \x01(\x0b\x32\x14.kvstore.v1.LiveSealH\x00\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x14\n\x0cobject_bytes\x18\x05 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"y\n\x08LiveOpen\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0c\n\x04part\x18\x02 \x01(\r\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x01(\x0c\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x0f\n\x07quality\x18\x05 \x01(\r\x12\x12\n\nprovenance\x18\x06 \x01(\r\"\n\n\x08LiveSeal\"E\n\x11LiveWriteResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.kvstore.v1.LiveOpenedH\x00\x42\x06\n\x04kind\"\x0c\n\nLiveOpened\"\x86\x01\n\rFollowRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0c\n\x04part\x18\x02 \x01(\r\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x01(\x0c\x12\x15\n\rstored_chunks\x18\x04 \x01(\r\x12\x13\n\x0bmin_quality\x18\x05 \x01(\r\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"\xd1\x01\n\x0e\x46ollowResponse\x12&\n\x05\x66ound\x18\x01 \x01(\x0b\x32\x15.kvstore.v1.LiveFoundH\x00\x12(\n\x06stored\x18\x02 \x01(\x0b\x32\x16.kvstore.v1.LiveStoredH\x00\x12\"\n\x03\x65nd\x18\x03 \x01(\x0b\x32\x13.kvstore.v1.LiveEndH\x00\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x14\n\x0cobject_bytes\x18\x06 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"e\n\tLiveFound\x12\x13\n\x0b\x66irst_chunk\x18\x01 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x0f\n\x07quality\x18\x04 \x01(\r\x12\x12\n\nprovenance\x18\x05 \x01(\r\"\x0c\n\nLiveStored\"\t\n\x07LiveEnd2\x93\x01\n\x04Live\x12H\n\x05Write\x12\x1c.kvstore.v1.LiveWriteRequest\x1a\x1d.kvstore.v1.LiveWriteResponse(\x01\x30\x01\x12\x41\n\x06\x46ollow\x12\x19.kvstore.v1.FollowRequest\x1a\x1a.kvstore.v1.FollowResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bkvstore_proto/v1/live.proto\x12\nkvstore.v1\"\x83\x01\n\x10LiveWriteRequest\x12$\n\x04open\x18\x01 \x01(\x0b\x32\x14.kvstore.v1.LiveOpenH\x00\x12\r\n\x05layer\x18\x03 \x01(\r\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x14\n\x0cobject_bytes\x18\x05 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"y\n\x08LiveOpen\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0c\n\x04part\x18\x02 \x01(\r\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x01(\x0c\x12\x0e\n\x06layers\x18\x04 \x01(\r\x12\x0f\n\x07quality\x18\x05 \x01(\r\x12\x12\n\nprovenance\x18\x06 \x01(\r\"E\n\x11LiveWriteResponse\x12(\n\x06opened\x18\x01 \x01(\x0b\x32\x16.kvstore.v1.LiveOpenedH\x00\x42\x06\n\x04kind\"\x0c\n\nLiveOpened\"\x86\x01\n\rFollowRequest\x12\x14\n\x0cnamespace_id\x18\x01 \x01(\x0c\x12\x0c\n\x04part\x18\x02 \x01(\r\x12\x14\n\x0c\x63hunk_hashes\x18\x03 \x01(\x0c\x12\x15\n\rstored_chunks\x18\x04 \x01(\r\x12\x13\n\x0bmin_quality\x18\x05 \x01(\r\x12\x0f\n\x07wait_ms\x18\x06 \x01(\r\"\xad\x01\n\x0e\x46ollowResponse\x12&\n\x05\x66ound\x18\x01 \x01(\x0b\x32\x15.kvstore.v1.LiveFoundH\x00\x12(\n\x06stored\x18\x02 \x01(\x0b\x32\x16.kvstore.v1.LiveStoredH\x00\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x12\x14\n\x0cobject_bytes\x18\x06 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x0f \x01(\x0c\x42\x06\n\x04kind\"e\n\tLiveFound\x12\x13\n\x0b\x66irst_chunk\x18\x01 \x01(\r\x12\x0e\n\x06\x63hunks\x18\x02 \x01(\r\x12\x0e\n\x06layers\x18\x03 \x01(\r\x12\x0f\n\x07quality\x18\x04 \x01(\r\x12\x12\n\nprovenance\x18\x05 \x01(\r\"\x0c\n\nLiveStored2\x93\x01\n\x04Live\x12H\n\x05Write\x12\x1c.kvstore.v1.LiveWriteRequest\x1a\x1d.kvstore.v1.LiveWriteResponse(\x01\x30\x01\x12\x41\n\x06\x46ollow\x12\x19.kvstore.v1.FollowRequest\x1a\x1a.kvstore.v1.FollowResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,25 +32,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvstore_proto.v1.live_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_LIVEWRITEREQUEST']._serialized_start=44
-  _globals['_LIVEWRITEREQUEST']._serialized_end=213
-  _globals['_LIVEOPEN']._serialized_start=215
-  _globals['_LIVEOPEN']._serialized_end=336
-  _globals['_LIVESEAL']._serialized_start=338
-  _globals['_LIVESEAL']._serialized_end=348
-  _globals['_LIVEWRITERESPONSE']._serialized_start=350
-  _globals['_LIVEWRITERESPONSE']._serialized_end=419
-  _globals['_LIVEOPENED']._serialized_start=421
-  _globals['_LIVEOPENED']._serialized_end=433
-  _globals['_FOLLOWREQUEST']._serialized_start=436
-  _globals['_FOLLOWREQUEST']._serialized_end=570
-  _globals['_FOLLOWRESPONSE']._serialized_start=573
-  _globals['_FOLLOWRESPONSE']._serialized_end=782
-  _globals['_LIVEFOUND']._serialized_start=784
-  _globals['_LIVEFOUND']._serialized_end=885
-  _globals['_LIVESTORED']._serialized_start=887
-  _globals['_LIVESTORED']._serialized_end=899
-  _globals['_LIVEEND']._serialized_start=901
-  _globals['_LIVEEND']._serialized_end=910
-  _globals['_LIVE']._serialized_start=913
-  _globals['_LIVE']._serialized_end=1060
+  _globals['_LIVEWRITEREQUEST']._serialized_end=175
+  _globals['_LIVEOPEN']._serialized_start=177
+  _globals['_LIVEOPEN']._serialized_end=298
+  _globals['_LIVEWRITERESPONSE']._serialized_start=300
+  _globals['_LIVEWRITERESPONSE']._serialized_end=369
+  _globals['_LIVEOPENED']._serialized_start=371
+  _globals['_LIVEOPENED']._serialized_end=383
+  _globals['_FOLLOWREQUEST']._serialized_start=386
+  _globals['_FOLLOWREQUEST']._serialized_end=520
+  _globals['_FOLLOWRESPONSE']._serialized_start=523
+  _globals['_FOLLOWRESPONSE']._serialized_end=696
+  _globals['_LIVEFOUND']._serialized_start=698
+  _globals['_LIVEFOUND']._serialized_end=799
+  _globals['_LIVESTORED']._serialized_start=801
+  _globals['_LIVESTORED']._serialized_end=813
+  _globals['_LIVE']._serialized_start=816
+  _globals['_LIVE']._serialized_end=963
 # @@protoc_insertion_point(module_scope)

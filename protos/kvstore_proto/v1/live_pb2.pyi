@@ -7,20 +7,18 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class LiveWriteRequest(_message.Message):
-    __slots__ = ("open", "seal", "layer", "offset", "object_bytes", "data")
+    __slots__ = ("open", "layer", "offset", "object_bytes", "data")
     OPEN_FIELD_NUMBER: _ClassVar[int]
-    SEAL_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     OBJECT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     open: LiveOpen
-    seal: LiveSeal
     layer: int
     offset: int
     object_bytes: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, open: _Optional[_Union[LiveOpen, _Mapping]] = ..., seal: _Optional[_Union[LiveSeal, _Mapping]] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ..., object_bytes: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[LiveOpen, _Mapping]] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ..., object_bytes: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LiveOpen(_message.Message):
     __slots__ = ("namespace_id", "part", "chunk_hashes", "layers", "quality", "provenance")
@@ -37,10 +35,6 @@ class LiveOpen(_message.Message):
     quality: int
     provenance: int
     def __init__(self, namespace_id: _Optional[bytes] = ..., part: _Optional[int] = ..., chunk_hashes: _Optional[bytes] = ..., layers: _Optional[int] = ..., quality: _Optional[int] = ..., provenance: _Optional[int] = ...) -> None: ...
-
-class LiveSeal(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
 
 class LiveWriteResponse(_message.Message):
     __slots__ = ("opened",)
@@ -69,22 +63,20 @@ class FollowRequest(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., part: _Optional[int] = ..., chunk_hashes: _Optional[bytes] = ..., stored_chunks: _Optional[int] = ..., min_quality: _Optional[int] = ..., wait_ms: _Optional[int] = ...) -> None: ...
 
 class FollowResponse(_message.Message):
-    __slots__ = ("found", "stored", "end", "layer", "offset", "object_bytes", "data")
+    __slots__ = ("found", "stored", "layer", "offset", "object_bytes", "data")
     FOUND_FIELD_NUMBER: _ClassVar[int]
     STORED_FIELD_NUMBER: _ClassVar[int]
-    END_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     OBJECT_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     found: LiveFound
     stored: LiveStored
-    end: LiveEnd
     layer: int
     offset: int
     object_bytes: _containers.RepeatedScalarFieldContainer[int]
     data: bytes
-    def __init__(self, found: _Optional[_Union[LiveFound, _Mapping]] = ..., stored: _Optional[_Union[LiveStored, _Mapping]] = ..., end: _Optional[_Union[LiveEnd, _Mapping]] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ..., object_bytes: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, found: _Optional[_Union[LiveFound, _Mapping]] = ..., stored: _Optional[_Union[LiveStored, _Mapping]] = ..., layer: _Optional[int] = ..., offset: _Optional[int] = ..., object_bytes: _Optional[_Iterable[int]] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class LiveFound(_message.Message):
     __slots__ = ("first_chunk", "chunks", "layers", "quality", "provenance")
@@ -101,9 +93,5 @@ class LiveFound(_message.Message):
     def __init__(self, first_chunk: _Optional[int] = ..., chunks: _Optional[int] = ..., layers: _Optional[int] = ..., quality: _Optional[int] = ..., provenance: _Optional[int] = ...) -> None: ...
 
 class LiveStored(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
-
-class LiveEnd(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -50,8 +50,8 @@ class LiveServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Write(self, request_iterator, context):
-        """open → opened → layers in order, in pieces → seal. The write lasts until its stream ends, however it ends; one that
-        was not sealed is aborted.
+        """open → opened → layers in order, in pieces. The write lasts until its stream ends, however it ends; before its last
+        layer is complete, that aborts it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -59,7 +59,7 @@ class LiveServicer(object):
 
     def Follow(self, request, context):
         """What is being written of a prompt, from its first layer on, as it arrives. The first message is found or stored;
-        none at all: nobody wrote it, nor began to within the wait. The last is end; without it the write was aborted.
+        none at all: nobody wrote it, nor began to within the wait. An end before the last layer: the write was aborted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
