@@ -170,6 +170,7 @@ class LiveWrites:
         is_stored: Callable[[ObjectKey, Quality], bool], metrics: NodeMetrics,
     ) -> None:  # fmt: skip
         self._reserve, self._release, self._is_stored, self._metrics = reserve, release, is_stored, metrics
+        self.held_bytes = 0  # reserved by all of them
         self._by_first: dict[ObjectKey, list[LiveWrite]] = {}
         self._changed = asyncio.Event()
         self._stopped = False
@@ -179,7 +180,7 @@ class LiveWrites:
 
     def open(self, opening: LiveOpening) -> LiveWrite:
         """Raises TierFull."""
-        write = LiveWrite(opening, self._reserve_or_refuse, self._release)
+        write = LiveWrite(opening, self._reserve_or_refuse, self._give_back)
         self._by_first.setdefault(_first_key(opening), []).append(write)
         self.wake()
         return write
@@ -240,6 +241,11 @@ class LiveWrites:
         if not self._reserve(size):
             self._metrics.live_writes.labels("refused").inc()
             raise TierFull("too much is in flight: a live write has no room", bytes=size)
+        self.held_bytes += size
+
+    def _give_back(self, size: int) -> None:
+        self.held_bytes -= size
+        self._release(size)
 
 
 def _first_key(opening: LiveOpening) -> ObjectKey:

@@ -70,7 +70,7 @@ class Node:
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
         self._staged_objects = self._staged_bytes = self._deletes = 0
-        self.live = LiveWrites(self._reserve, lambda size: self._release(0, size), self._is_stored, metrics)
+        self.live = LiveWrites(self._reserve_live, lambda size: self._release(0, size), self._is_stored, metrics)
 
     @classmethod
     async def open(
@@ -272,6 +272,7 @@ class Node:
         return {
             "staged_bytes": ("Bytes reserved by puts and live writes in flight.", lambda: self._staged_bytes),
             "live_writers": ("Live writes that are open.", lambda: len(self.live)),
+            "live_held_bytes": ("Of the staged bytes, those of live writes.", lambda: self.live.held_bytes),
             "disk_queue_bytes": (
                 "Bytes on their way to disk.", lambda: holdings.queue.pending_bytes if holdings.queue else 0
             ),
@@ -289,9 +290,11 @@ class Node:
         capacity = max(tier.capacity_bytes for tier in self._holdings.tiers)
         return min(self._config.object_bytes_max, codec.object_bytes_max(raw_bytes), capacity)
 
-    def _reserve(self, size: int) -> bool:
-        """Whether there is room in flight for so many bytes more, which are then taken."""
-        if self._staged_bytes + size > self._config.staged_bytes_max:
+    def _reserve_live(self, size: int) -> bool:
+        """Whether there is room in flight for so many bytes more of live writes, which are then taken: half of it stays
+        for puts, those at the end of the same writes among them."""
+        room = self._config.staged_bytes_max
+        if self.live.held_bytes + size > room // 2 or self._staged_bytes + size > room:
             return False
         self._staged_bytes += size
         return True
