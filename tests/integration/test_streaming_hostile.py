@@ -118,9 +118,8 @@ def lies() -> dict[str, tuple[Callable[[], Iterator[Answer]], type[KvClientError
     return cases
 
 
-def stream_of(node: HostileServer, client: Client, **arguments: Any) -> Stream:
-    arguments = {"wait": 1.0, "min_quality": "lossless"} | arguments
-    return client.namespace(LAYOUT).stream(HELD.tokens, **arguments)
+def stream_of(client: Client, wait: float = 1.0) -> Stream:
+    return client.namespace(LAYOUT).stream(HELD.tokens, wait=wait, min_quality="lossless")
 
 
 def connected(node: HostileServer, *, strict: bool) -> Client:
@@ -132,14 +131,14 @@ def test_a_lie_ends_the_stream_behind_what_is_good(name: str) -> None:
     bad, error = lies()[name]
     with LyingNode(follows(bad)) as node:
         with connected(node, strict=True) as client:
-            stream = stream_of(node, client)
+            stream = stream_of(client)
             layers = [next(stream) for _ in range(BAD)]
             with pytest.raises(error):
                 next(stream)
             assert next(stream, None) is None
         assert all(bits([(k, v)]) == bits([HELD.kv[layer]]) for layer, k, v in layers)
         with connected(node, strict=False) as client:
-            stream = stream_of(node, client)
+            stream = stream_of(client)
             assert [layer for layer, _, _ in stream] == list(range(BAD))
             assert (stream.complete, stream.reason) == (False, error.code.value)
 
@@ -158,7 +157,7 @@ def test_an_impossible_live_write_is_not_followed(lie: dict[str, int]) -> None:
             yield piece(layer, objects(layer))
 
     with LyingNode(follow) as node, connected(node, strict=True) as client, pytest.raises(ProtocolViolation):
-        next(stream_of(node, client))
+        next(stream_of(client))
 
 
 @pytest.mark.parametrize("came", [None, 0, BAD])
@@ -173,7 +172,7 @@ def test_a_node_that_stalls_is_waited_for_no_longer_than_the_deadline(came: int 
         hang(context)
 
     with LyingNode(follow) as node, connected(node, strict=True) as client:
-        stream, began = stream_of(node, client, wait=0.2), time.monotonic()
+        stream, began = stream_of(client, wait=0.2), time.monotonic()
         for _ in range(came or 0):
             next(stream)
         with pytest.raises(DeadlineExceeded):
@@ -186,7 +185,7 @@ def test_a_node_that_says_stored_again_and_again_is_asked_twice() -> None:
         yield Framed(pb.FollowResponse(stored=pb.LiveStored()))
 
     with LyingNode(follow) as node, connected(node, strict=True) as client:
-        stream = stream_of(node, client, wait=60)
+        stream = stream_of(client, wait=60)
         assert next(stream, None) is None
         assert node.calls == ["Lookup", "Lookup"]
 
@@ -214,7 +213,7 @@ def test_a_layer_in_many_pieces_is_a_layer() -> None:
 
     assert DATA_BYTES_MAX > 777
     with LyingNode(follow) as node, connected(node, strict=True) as client:
-        stream = stream_of(node, client)
+        stream = stream_of(client)
         assert all(bits([(k, v)]) == bits([HELD.kv[layer]]) for layer, k, v in stream)
         assert stream.complete
 
@@ -223,8 +222,8 @@ def test_a_node_that_cannot_be_reached_is_a_miss() -> None:
     with HostileServer() as node:
         pass
     with connected(node, strict=False) as client:
-        stream = stream_of(node, client, wait=0.5)
+        stream = stream_of(client, wait=0.5)
         assert list(stream) == []
         assert stream.reason in ("unavailable", "deadline")
     with connected(node, strict=True) as client, pytest.raises((Unavailable, DeadlineExceeded)):
-        next(stream_of(node, client, wait=0.5))
+        next(stream_of(client, wait=0.5))
