@@ -25,6 +25,7 @@ from kvstore_client.errors import (
 from kvstore_client.transports.bulk_path import BulkPath, Transport
 from kvstore_cluster.placement import rank
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
+from kvstore_proto.v1.live_framing import FramedLiveStub
 
 R = TypeVar("R")
 TRANSFERS_MAX = 16  # under way at a time over bulk paths, each on its thread
@@ -50,6 +51,7 @@ class Node:
     address: str
     stub: FramedStoreStub
     bulk: BulkPath
+    live: FramedLiveStub
 
 
 class Connections:
@@ -77,7 +79,7 @@ class Connections:
         if seed not in self._nodes:
             channel = self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
             bulk = BulkPath(seed, channel, self._transport, self._executor, partial(self._on_failure, seed))
-            self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk)
+            self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk, FramedLiveStub(channel))
         return self._nodes[seed]
 
     def ranked(self, key: bytes) -> Iterator[Node]:

@@ -66,16 +66,16 @@ async def fetch(
                     place = codec.token_slice(into, first, first + chunk.tokens)
                     named = _profile_named(wanted, chunk, blob.data)
                     profile = await profile_of(named) if named is not None and profile_of is not None else None
-                    decodes.append(executor.submit(_decode, node, wanted, chunk, blob, place, coder, profile))
+                    decodes.append(executor.submit(decode_object, node, wanted, chunk, blob, place, coder, profile))
                     running.append(decodes[-1])
-                    await _wait_for_turn(running, deadline)
-            await _wait(decodes, deadline.remaining())
+                    await wait_for_turn(running, deadline)
+            await settle(decodes, deadline.remaining())
         except KvClientError as error:
             fetched.error = error
-            await _wait(decodes, deadline.remaining())  # what came whole before it counts
+            await settle(decodes, deadline.remaining())  # what came whole before it counts
         finally:
             coder.stop()
-            await _call_off(decodes)
+            await call_off(decodes)
         try:
             for confirm in confirms:
                 await confirm()
@@ -117,7 +117,7 @@ async def _objects(
             return
 
 
-def _decode(
+def decode_object(
     node: Node, wanted: Wanted, chunk: ChunkHit, received: Blob, place: KVArray, coder: DeadlineCoder,
     profile: Profile | None,
 ) -> None:  # fmt: skip
@@ -132,7 +132,8 @@ def _decode(
         if effective > wanted.min_quality:
             raise ObjectForeign("the object is of less quality than was declared", node=node.address, found=effective)
         codec.decode(
-            blob, wanted.layout, out=place, chunk_hash=chunk.hash, part=wanted.part, profile=profile, coder=coder
+            blob, wanted.layout, quality=wanted.quality, out=place, chunk_hash=chunk.hash, part=wanted.part,
+            profile=profile, coder=coder,
         )  # fmt: skip
     except codec.ObjectError as error:
         raise from_codec(error, node.address) from error
@@ -150,7 +151,7 @@ def _profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes |
     return header.profile_id if header.codec is CodecId.PROFILE else None
 
 
-async def _wait_for_turn(running: list[Future[None]], deadline: Deadline) -> None:
+async def wait_for_turn(running: list[Future[None]], deadline: Deadline) -> None:
     """Until few enough decodes run that the next object may be received; drops those that are done from `running`.
     Raises what a decode found."""
     while True:
@@ -162,10 +163,10 @@ async def _wait_for_turn(running: list[Future[None]], deadline: Deadline) -> Non
             raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
         if len(running) < DECODES_MAX:
             return
-        await _wait(running, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
+        await settle(running, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
 
 
-async def _wait(decodes: Sequence[Future[None]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
+async def settle(decodes: Sequence[Future[None]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
     """Until the decodes that run now are done (or the first of them), or the time is up."""
     running = [asyncio.wrap_future(decode) for decode in decodes if not decode.done()]
     if not running:
@@ -180,14 +181,14 @@ def _seen(future: asyncio.Future[None]) -> None:
         future.exception()
 
 
-async def _call_off(decodes: Sequence[Future[None]]) -> None:
+async def call_off(decodes: Sequence[Future[None]]) -> None:
     """Cancels the decodes that have not started and waits for the others, which stop soon."""
     for decode in decodes:
         decode.cancel()
     again: asyncio.CancelledError | None = None
     while not all(decode.done() for decode in decodes):
         try:
-            await _wait(decodes, timeout_s=1.0)
+            await settle(decodes, timeout_s=1.0)
         except asyncio.CancelledError as error:  # a second one: still nothing may write to the caller's array
             again = error
     if again is not None:

@@ -72,6 +72,14 @@ async def put(
 ) -> list[Stored]:  # fmt: skip
     """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
     blobs = await _encode(source, chunks, executor, DeadlineCoder(deadline))
+    return await put_encoded(node, source, chunks, blobs, deadline, count_sent)
+
+
+async def put_encoded(
+    node: Node, source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None], deadline: Deadline,
+    count_sent: Callable[[int], None],
+) -> list[Stored]:  # fmt: skip
+    """The same with one object a chunk, None for what the node holds; of `source`, the KV is not looked at."""
     async with aclosing(Put(node, deadline, count_sent)) as sending:
         verdicts = (await sending.offer(_offer(source, chunks, blobs))).verdicts
         _check(node, len(verdicts) == len(chunks) and _VERDICTS.issuperset(verdicts))

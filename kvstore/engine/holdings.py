@@ -150,7 +150,9 @@ class Holdings:
         """Memory's own room for an object that is about to arrive, where there is some or some can be made; else a
         buffer."""
         reserved = None
-        if self.room.in_host(key, length, may_go):
+        # What has to be written to disk before it goes makes no room now: the commit waits for that.
+        demotes = self._disk_write == "demote"
+        if self.host.room_for(length) if demotes else self.room.in_host(key, length, may_go):
             try:
                 reserved = self.host.reserve(length)
             except TierFailed as error:

@@ -21,6 +21,7 @@ from kvstore import __version__
 from kvstore.config import NodeConfig
 from kvstore.engine.commit import Commit
 from kvstore.engine.holdings import Holdings
+from kvstore.engine.live import LiveWrites
 from kvstore.engine.model import (
     LookupResult,
     NodeStat,
@@ -72,6 +73,7 @@ class Node:
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
         self._staged_objects = self._staged_bytes = self._deletes = 0
+        self.live = LiveWrites(self._reserve_live, self._release_live, self._is_stored, metrics)
 
     @classmethod
     async def open(
@@ -229,6 +231,7 @@ class Node:
         index = self._holdings.index
         rows = [row for row in map(index.row_of, stage.keys) if row is not None]
         index.touch(np.array(rows, np.int64), self._clock())
+        self.live.wake()
         return results
 
     def abort(self, stage: Stage) -> None:
@@ -283,7 +286,9 @@ class Node:
     def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
         holdings = self._holdings
         return {
-            "staged_bytes": ("Bytes reserved by puts in flight.", lambda: self._staged_bytes),
+            "staged_bytes": ("Bytes reserved by puts and live writes in flight.", lambda: self._staged_bytes),
+            "live_writers": ("Live writes that are open.", lambda: len(self.live)),
+            "live_held_bytes": ("Of the staged bytes, those of live writes.", lambda: self.live.held_bytes),
             "disk_queue_bytes": (
                 "Bytes on their way to disk.", lambda: holdings.queue.pending_bytes if holdings.queue else 0
             ),
@@ -310,6 +315,22 @@ class Node:
         for staged in unused:
             if isinstance(staged, Reserved):
                 self._holdings.host.release(staged)
+
+    def _reserve_live(self, size: int) -> bool:
+        """Whether there is room in flight for so many bytes more of live writes, which are then taken: half of it stays
+        for puts, those at the end of the same writes among them."""
+        room = self._config.staged_bytes_max
+        if self.live.held_bytes + size > room // 2 or self._staged_bytes + size > room:
+            return False
+        self._staged_bytes += size
+        return True
+
+    def _release_live(self, size: int) -> None:
+        self._staged_bytes -= size
+
+    def _is_stored(self, key: ObjectKey, floor: Quality) -> bool:
+        entry = self._holdings.index.get(key)
+        return entry is not None and entry.at_least(floor) and entry.described.provenance <= floor
 
     def _remember(self, layout: KVLayout) -> None:
         """Keeps a layout; on disk in order before the objects that follow."""

@@ -36,11 +36,13 @@ from kvstore.service.bulk.listener import BulkServer, addresses_beside
 from kvstore.service.bulk.service import TransferService
 from kvstore.service.bulk.tickets import Tickets
 from kvstore.service.listen import EXCLUSIVE_PORT, bind, unlink_sockets
+from kvstore.service.live import LiveService
 from kvstore.service.metrics_http import metrics_endpoint
 from kvstore.service.store import StoreService
 from kvstore.service.streams import StreamMetrics
-from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, store_pb2, transfer_pb2, transfer_pb2_grpc
+from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, live_pb2, store_pb2, transfer_pb2, transfer_pb2_grpc
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, add_framed_store_servicer
+from kvstore_proto.v1.live_framing import add_framed_live_servicer
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ SERVICES = tuple(
     pool.services_by_name[name].full_name
     for pool, name in (
         (store_pb2.DESCRIPTOR, "Store"),
+        (live_pb2.DESCRIPTOR, "Live"),
         (transfer_pb2.DESCRIPTOR, "Transfer"),
         (admin_pb2.DESCRIPTOR, "Admin"),
     )
@@ -95,6 +98,7 @@ async def _serve(
     server = grpc.aio.server(interceptors=[boundary], options=SERVER_OPTIONS, maximum_concurrent_rpcs=RPCS_MAX)
     streams = StreamMetrics(registry)
     add_framed_store_servicer(StoreService(node, stream_idle_s=config.stream_idle_s, metrics=streams), server)
+    add_framed_live_servicer(LiveService(node, stream_idle_s=config.stream_idle_s, metrics=streams), server)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(node), server)  # type: ignore[no-untyped-call]
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
@@ -120,6 +124,7 @@ async def _serve(
             received = await signals.get()
             log.info("%s: finishing calls in flight, at most %g s", received.name, config.shutdown_grace_s)
             await health_service.enter_graceful_shutdown()
+            node.live.stop_waiting()
             await _drain(server, boundary, signals, config.shutdown_grace_s)
     finally:
         await server.stop(None)

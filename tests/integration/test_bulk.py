@@ -298,7 +298,7 @@ def test_a_reader_killed_while_it_reads_holds_nothing(node: NodeProcess) -> None
         from test_bulk import KV, LAYOUT, TOKENS, Client
         def dies(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
-        fetching._decode = dies
+        fetching.decode_object = dies
         with Client(sys.argv[1], transport="shm", deadline=20.0) as client:
             client.namespace(LAYOUT).get(TOKENS[:256])
     """
@@ -319,13 +319,13 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
         cache = client.namespace(LAYOUT)
         cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
         assert cache.get(TOKENS[:256])[1] == 256
-        decode = fetching._decode
+        decode = fetching.decode_object
 
         def slowly(*arguments: Any) -> None:
             threading.Event().wait(2.0)
             decode(*arguments)
 
-        monkeypatch.setattr(fetching, "_decode", slowly)
+        monkeypatch.setattr(fetching, "decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256

@@ -148,19 +148,19 @@ class HostileServer:
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("kvstore.v1.Store", {
                 "Lookup": grpc.unary_unary_rpc_method_handler(
-                    self._counted("Lookup", lookup), pb.LookupRequest.FromString, _wire
+                    self._counted("Lookup", lookup), pb.LookupRequest.FromString, wire
                 ),
                 "Fetch": grpc.unary_stream_rpc_method_handler(
-                    self._counted("Fetch", fetch or _fetches_nothing), pb.FetchRequest.FromString, _wire
+                    self._counted("Fetch", fetch or _fetches_nothing), pb.FetchRequest.FromString, wire
                 ),
                 "Put": grpc.stream_stream_rpc_method_handler(
-                    self._counted("Put", put), framing.parse_put_request, _wire
+                    self._counted("Put", put), framing.parse_put_request, wire
                 ),
                 "Delete": grpc.unary_unary_rpc_method_handler(
-                    self._counted("Delete", delete), pb.DeleteRequest.FromString, _wire
+                    self._counted("Delete", delete), pb.DeleteRequest.FromString, wire
                 ),
                 "Stat": grpc.unary_unary_rpc_method_handler(
-                    self._counted("Stat", stat), pb.StatRequest.FromString, _wire
+                    self._counted("Stat", stat), pb.StatRequest.FromString, wire
                 ),
             }),
         ))  # fmt: skip
@@ -168,7 +168,7 @@ class HostileServer:
             self._server.add_generic_rpc_handlers((
                 grpc.method_handlers_generic_handler("kvstore.v1.Transfer", {
                     "Connect": grpc.unary_unary_rpc_method_handler(
-                        self._counted("Connect", connect), transfer_pb2.ConnectRequest.FromString, _wire
+                        self._counted("Connect", connect), transfer_pb2.ConnectRequest.FromString, wire
                     ),
                 }),
             ))  # fmt: skip
@@ -195,7 +195,7 @@ def _fetches_nothing(request: pb.FetchRequest, context: Context) -> Sequence[Ans
     return ()
 
 
-def _wire(answer: Answer) -> bytes:
+def wire(answer: Answer) -> bytes:
     if isinstance(answer, bytes):
         return answer
     if isinstance(answer, Framed):

@@ -38,13 +38,15 @@ async def put_stream(node: Node, timeout_s: float) -> AsyncIterator[PutStream]:
 
 
 class PutStream:
+    """Also of a live write (writing.py), which is such a call of other messages."""
+
     def __init__(self, node: Node, call: Any) -> None:
         self._node, self._call = node, call
         self._status: asyncio.Future[tuple[grpc.StatusCode, str | None]] = asyncio.get_running_loop().create_future()
         call.add_done_callback(self._note_status)
         self._ahead: asyncio.Future[Any] = asyncio.ensure_future(call.read())
 
-    async def write(self, message: Framed[pb.PutRequest]) -> None:
+    async def write(self, message: Framed[Any]) -> None:
         try:
             await self._call.write(message)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
