@@ -44,8 +44,8 @@ def play(seed: int, walks: int) -> Iterator[Played]:
 
 
 def summary(games: list[Played], name: str) -> dict[str, float]:
-    """The bars, for one contestant. `quality`: mean utility of what it fetches against the oracle's, where both fetch and
-    are in time; `fetched`: tokens fetched against the oracle's."""
+    """The bars, for one contestant. `quality`: mean utility of what it fetches against the oracle's, where both fetch
+    and are in time; `fetched`: tokens fetched against the oracle's."""
     possible = [game for game in games if game.possible]
     both = [game for game in games if game.in_time(name) and game.in_time("oracle")
             and game.outcomes[name].fetched and game.outcomes["oracle"].fetched]  # fmt: skip
@@ -72,8 +72,8 @@ def table(games: list[Played]) -> str:
     lines = [
         f"{len(games)} cases; {sum(game.possible for game in games)} in which a fixed choice keeps the deadline",
         "",
-        "| | in time where a fixed choice is, % | quality ÷ oracle | tokens fetched ÷ oracle | slower than recompute by > 5 %, % "
-        "| worst ÷ recompute | mean ÷ recompute |",
+        "| | in time where a fixed choice is, % | quality ÷ oracle | tokens fetched ÷ oracle "
+        "| slower than recompute by > 5 %, % | worst ÷ recompute | mean ÷ recompute |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in CONTESTANTS:
@@ -108,7 +108,8 @@ def misses(games: list[Played], name: str, count: int) -> str:
         keeps = ", ".join(fixed for fixed in FIXED if game.in_time(fixed))
         lines.append(
             f"  {case.model.name} {case.context} tokens, {case.link.name}, {1e3 * case.link.latency_s:g} ms: "
-            f"{game.outcomes[name].ttft_s:.3f} s of {case.deadline_s:.3f} s, recompute {case.recompute_s:.3f} s; kept by {keeps}"
+            f"{game.outcomes[name].ttft_s:.3f} s of {case.deadline_s:.3f} s, recompute {case.recompute_s:.3f} s; "
+            f"kept by {keeps}"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -85,7 +86,7 @@ def oracle(case: Case) -> Outcome:
         return min(coarse, key=lambda outcome: outcome.ttft_s)
     best = in_time[-1]
     count = len(best.fetched)
-    for one, other in zip(LOSSY, LOSSY[1:], strict=False):
+    for one, other in itertools.pairwise(LOSSY):
         for before, after in ((one, other), (other, one)):
             best = max([best, *_splits(case, count, before, after, budget_s)], key=lambda outcome: outcome.utility
                        if outcome.fetched else 0.0)  # fmt: skip
@@ -138,8 +139,7 @@ def _controlled(case: Case, peer: PeerEstimates) -> Outcome:
             while waited and arrival > controller.give_up_at:
                 now = max(now, controller.give_up_at)
                 came = max(0.0, case.link.sent_by(now) - case.link.sent_by(begin)) if now > begin else 0.0
-                elapsed_s = now - begin + case.link.latency_s  # as the client's Timing has it
-                waited = controller.late(int(came), max(now - begin, elapsed_s / 2), now)
+                waited = controller.late(int(came), now - begin, now)
             if not waited:
                 break
             now = arrival

@@ -2,10 +2,10 @@
 
     PYTHONPATH=tests/support python -m bench.planner_real [--chunks 8] [--rounds 3] [--json PATH]
 
-KV in SmolLM2's shape (30 layers, 3 heads of 64, bfloat16; SmolLM2's own where `python -m bench.kv` has written it), stored at
-`high` in chunks of 256 tokens; an engine of 1,000 tokens a second (two cores). For each rate the fixed qualities and the
-planner take turns; the planner has one get before, as a client has that is not new. Medians over rounds; times are those
-of the get plus, by the cost model, of computing what it left.
+KV in SmolLM2's shape (30 layers, 3 heads of 64, bfloat16; SmolLM2's own where `python -m bench.kv` has written it),
+stored at `high` in chunks of 256 tokens; an engine of 1,000 tokens a second (two cores). For each rate the fixed
+qualities and the planner take turns; the planner has one get before, as a client has that is not new. Medians over
+rounds; times are those of the get plus, by the cost model, of computing what it left.
 """
 
 from __future__ import annotations
@@ -78,15 +78,17 @@ def measure(node: NodeProcess, layout: KVLayout, tokens: range, mbit: float, rou
     ways["planner"] = goal
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     came: dict[str, int] = {}
-    with shaped(node.address.rpartition(":")[2], mbit) as address:
-        with Client(address, strict=True, registry=CollectorRegistry()) as client:
-            cache = client.namespace(layout)
-            cold_s, _ = timed(cache, tokens, **goal)
-            plan = cache.plan(tokens, deadline=CALL_S, ttft=deadline_s, prefill_tokens_per_s=ENGINE_TOKENS_PER_S)
-            for _ in range(rounds):
-                for name, arguments in ways.items():
-                    took, came[name] = timed(cache, tokens, **arguments)
-                    seconds[name].append(took)
+    with (
+        shaped(node.address.rpartition(":")[2], mbit) as address,
+        Client(address, strict=True, registry=CollectorRegistry()) as client,
+    ):
+        cache = client.namespace(layout)
+        cold_s, _ = timed(cache, tokens, **goal)
+        plan = cache.plan(tokens, deadline=CALL_S, ttft=deadline_s, prefill_tokens_per_s=ENGINE_TOKENS_PER_S)
+        for _ in range(rounds):
+            for name, arguments in ways.items():
+                took, came[name] = timed(cache, tokens, **arguments)
+                seconds[name].append(took)
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return {"mbit": mbit, "deadline_s": deadline_s, "recompute_s": recompute_s, "cold_s": cold_s, "seconds": medians,
             "tokens": came, "plan": plan.reason}  # fmt: skip

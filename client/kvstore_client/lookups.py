@@ -49,6 +49,12 @@ async def lookup(
     return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms, node.address) if lease_ids else None)
 
 
+def good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit]:
+    """The chunks before the first that is of less quality than `floor`."""
+    bad = next((index for index, chunk in enumerate(chunks) if chunk.effective_quality > floor), len(chunks))
+    return chunks[:bad]
+
+
 def _hit(
     node: Node, layout: KVLayout, part: int, ref: ChunkRef, tokens: int, quality: int, provenance: int,
     stored_bytes: int, tier: int,

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable
 from kvstore_client.planner.controller import Controller
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.planner.sizes import LayerSizes
+from kvstore_client.transports.blob import Blob
 from kvstore_codec import ObjectHeader
 from kvstore_codec.layout import DTYPE_BYTES
 
@@ -39,7 +40,7 @@ class Timing:
         self._decode.observe(header.quality_at(size_bytes), elements, seconds, self.clock())
         self._sizes.learn(header)
 
-    async def objects(self, objects: AsyncGenerator[memoryview, None]) -> AsyncGenerator[memoryview, None]:
+    async def objects(self, objects: AsyncGenerator[Blob, None]) -> AsyncGenerator[Blob, None]:
         """`objects`, timed; ends earlier where this fetch is not to go on."""
         self._last, self._first, self._object_bytes = self.clock(), True, 0
         going_on = True
@@ -52,7 +53,7 @@ class Timing:
             seconds = self._seconds(now)
             held_up = not self._first and asked - self._last > _HELD_UP_SHARE * seconds
             self._last, self._first, self._object_bytes = now, False, 0
-            going_on = self._arrived(len(blob), seconds, now, held_up)
+            going_on = self._arrived(len(blob.data), seconds, now, held_up)
             yield blob
 
     def _seconds(self, now: float) -> float:
@@ -62,7 +63,7 @@ class Timing:
             return max(seconds - self._peer.latency.expected, seconds / 2)
         return seconds
 
-    async def _next(self, objects: AsyncGenerator[memoryview, None]) -> memoryview | None:
+    async def _next(self, objects: AsyncGenerator[Blob, None]) -> Blob | None:
         return await anext(objects, None)
 
     def _arrived(self, size_bytes: int, seconds: float, now: float, held_up: bool) -> bool:
@@ -80,7 +81,7 @@ class Pace(Timing):
         super().__init__(peer, decode, sizes, count_received, clock)
         self._controller = controller
 
-    async def _next(self, objects: AsyncGenerator[memoryview, None]) -> memoryview | None:
+    async def _next(self, objects: AsyncGenerator[Blob, None]) -> Blob | None:
         """None also where the object is not worth waiting for: what is left of it never comes."""
         coming = asyncio.ensure_future(anext(objects, None))
         try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import kvstore_codec as codec
 from kvstore_client.connection import Node
 from kvstore_client.errors import InvalidArgument
-from kvstore_client.fetching import Fetched, Wanted
+from kvstore_client.fetching import Fetched
 from kvstore_client.pace import Pace, Timing
 from kvstore_client.planner.choose import Chunk
 from kvstore_client.planner.controller import Controller, Task
@@ -20,6 +20,7 @@ from kvstore_client.planner.plan import Plan
 from kvstore_client.planner.sizes import LayerSizes
 from kvstore_client.results import ChunkHit
 from kvstore_client.session import Session
+from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import KVArray, KVLayout, Quality
 
 #: Fetches and decodes the chunks of one request into their place.
@@ -88,8 +89,7 @@ class NamespacePlanner:
     def _controller(
         self, goal: Goal, peer: PeerEstimates, chunks: Sequence[ChunkHit], best: Quality, floor: Quality
     ) -> Controller:
-        task = self._task(goal, chunks, best, floor)
-        return Controller(task, peer, self._decode, time.monotonic(), goal.began)
+        return Controller(self._task(goal, chunks, best, floor), peer, self._decode, goal.began)
 
     def _task(self, goal: Goal, chunks: Sequence[ChunkHit], best: Quality, floor: Quality) -> Task:
         """Raises InvalidArgument where `goal.prefill` answers what is no time."""

@@ -25,6 +25,7 @@ from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
 from kvstore_client.profile_transfer import ProfileTransfer
 from kvstore_client.putting import Stored
+from kvstore_client.transports.bulk_path import Transport
 
 THREADS_MAX = 4  # of the codec, by default
 
@@ -34,11 +35,11 @@ R = TypeVar("R")
 class Session:
     def __init__(
         self, seeds: Sequence[str], *, deadline_s: float, strict: bool, threads: int | None, tenant_key: bytes,
-        registry: CollectorRegistry,
+        registry: CollectorRegistry, transport: Transport,
     ) -> None:  # fmt: skip
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
-        self.connections = Connections(seeds)
+        self.connections = Connections(seeds, transport, self._bulk_failed)
         self.profiles = ProfileShelf(
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip
@@ -106,6 +107,11 @@ class Session:
             yield
         finally:
             self.metrics.seconds.labels(call).observe(time.perf_counter() - began)
+
+    def _bulk_failed(self, node: str, error: KvClientError) -> None:
+        """gRPC does instead: no call fails for it."""
+        self.metrics.failures.labels("bulk", error.code.value).inc()
+        self.warn("bulk", error.code, str(error))
 
     async def aclose(self) -> None:
         """Idempotent."""

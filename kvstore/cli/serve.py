@@ -11,11 +11,13 @@ from pathlib import Path
 
 from kvstore.cli.logs import start_logging
 from kvstore.config import load_config
+from kvstore.memory import share_arenas
 from kvstore.service.server import Ready, run
 
 
 def serve_node(config_path: Path | None, flags: Mapping[str, object]) -> None:
     """Runs until SIGTERM or SIGINT. Raises ConfigError, ListenError and what opening the node raises."""
+    share_arenas()
     config = load_config(config_path, flags, os.environ)
     start_logging(config)
     asyncio.run(run(config, _print_ready))

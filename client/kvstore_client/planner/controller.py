@@ -47,16 +47,12 @@ class Step:
 
 
 class Controller:
-    """Of one get from one node. `now` is the estimates' clock, in seconds. The deadline counts from `began`; what fetching
-    may lose against recomputing counts from when this is made, since who does not ask cannot know."""
+    """Of one get from one node. `now` is the estimates' clock, in seconds; the get begins when this is made."""
 
-    def __init__(
-        self, task: Task, peer: PeerEstimates, decode: DecodeEstimates, now: float, began: float | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, task: Task, peer: PeerEstimates, decode: DecodeEstimates, now: float) -> None:
         self._task, self._peer, self._decode = task, peer, decode
-        self._began = now if began is None else began
-        self._asked_s = now - self._began
-        self._state = State(now=self._asked_s)
+        self._began = now
+        self._state = State()
         self._step: Step | None = None
         self._wait_s = 0.0  # for the chunk on its way, since the begin
         self._slow = math.inf  # bytes a second of a chunk that is late
@@ -102,16 +98,14 @@ class Controller:
         chunk = self._task.chunks[self.done]
         # Where bytes are only seen by the message, no byte says that less than all of them came.
         at_most = size_bytes or chunk.bytes_at[chunk.no_better_than(self._step.quality)]
-        came_s, measured = 0.0, self._peer.link.known(now)
+        came_s = 0.0
         if seconds > 0:
             self._peer.link.observe(at_most, seconds, now)
             self._slow = min(self._slow, at_most / seconds)
             came_s = size_bytes / self._slow
         self._state = replace(self._state, now=now - self._began - came_s, flowing=self._step.quality)
         following = self._next(now)
-        # Of a peer that was never measured, no byte is no reason to wait longer; the next get knows at least the bound.
-        blind = not measured and not size_bytes
-        self._given_up = blind or following is None or self.give_up_at <= now
+        self._given_up = following is None or self.give_up_at <= now
         return not self._given_up
 
     def plan(self, now: float) -> Plan:
@@ -125,11 +119,11 @@ class Controller:
         task, state = self._task, self._state
         speeds, fallback_s = self._speeds(careful, now), task.recompute_s[self.done]
         choice = self._choose(now)
-        wait_s = self._asked_s + (1 + SLOWER_MAX) * task.recompute_s[0] - fallback_s  # the rule, whatever happens
+        wait_s = (1 + SLOWER_MAX) * task.recompute_s[0] - fallback_s  # the rule, whatever happens
         if not self._peer.link.known(now):
             # The coarsest quality, so as to know the link soonest. Where that was too cautious, the next step is finer.
             step = Step(self.done, len(task.chunks), next(iter(task.chunks[self.done].bytes_at)))
-            soonest_s = state.now
+            soonest_s = state.now + speeds.latency_s
         elif choice.qualities:
             step = Step(self.done, self.done + len(choice.qualities), choice.qualities[0])
             size = task.chunks[self.done].bytes_at[step.quality]
@@ -150,7 +144,7 @@ class Controller:
         task = self._task
         return choose(
             task.chunks, task.recompute_s, self._state, self._speeds(careful, now), self._speeds(expected, now),
-            (1 - _MARGIN) * min(task.ttft_s, self._asked_s + task.recompute_s[0]),
+            (1 - _MARGIN) * min(task.ttft_s, task.recompute_s[0]),
         )  # fmt: skip
 
     def _speeds(self, at: SpeedsAt, now: float) -> Speeds:

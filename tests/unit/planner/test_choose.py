@@ -28,7 +28,8 @@ def growing(count: int, first_s: float, growth: float) -> list[float]:
 
 
 def chosen(
-    count: int, rate: float, deadline_s: float, recompute_s: list[float], latency_s: float = 0.0, state: State | None = None
+    count: int, rate: float, deadline_s: float, recompute_s: list[float], latency_s: float = 0.0,
+    state: State | None = None,
 ) -> Choice:  # fmt: skip
     speeds = Speeds(rate, latency_s, DECODE)
     budget_s = min(deadline_s, recompute_s[0])
