@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvstore_client.errors import InvalidArgument
 from kvstore_codec import KVLayout, Quality
 
+LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
 PRIORITY_MAX = 100
 RETAIN_S_MAX = 365 * 86_400
 
@@ -35,3 +36,9 @@ def check_first_token(layout: KVLayout, first_token: int) -> None:
             "first_token must be a multiple of chunk_tokens", first_token=first_token,
             chunk_tokens=layout.chunk_tokens,
         )  # fmt: skip
+
+
+def check_lease_ms(lease_ms: int) -> None:
+    """Raises InvalidArgument."""
+    if not 0 <= lease_ms <= LEASE_MS_MAX:
+        raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)

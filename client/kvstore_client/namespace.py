@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy.typing as npt
 
 import kvstore_codec as codec
-from kvstore_client.arguments import check_first_token, qualities, retention
+from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, check_lease_ms, qualities, retention
 from kvstore_client.connection import Node, failures, timeout_s, understood
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
@@ -40,7 +40,6 @@ TokenIds = Sequence[int] | npt.ArrayLike
 LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
-LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
 _LOST_MAX = 1 << 16
 
 
@@ -67,8 +66,7 @@ class AsyncNamespace:
         `token_ids`: 1-D integers in [0, 2³²); whole chunks of them are looked up, and the rest with `tail`.
         """
         limit = self._session.begin(deadline)
-        if not 0 <= lease_ms <= LEASE_MS_MAX:
-            raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)
+        check_lease_ms(lease_ms)
         refs = self._refs(token_ids)
         with self._session.timed("lookup"):
             _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
@@ -88,8 +86,7 @@ class AsyncNamespace:
     async def renew(self, hit: Hit, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> bool:
         """Whether the chunks of a hit are still held, from now on for `lease_ms` (at most; 0: let go of them)."""
         limit = self._session.begin(deadline)
-        if not 0 <= lease_ms <= LEASE_MS_MAX:
-            raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)
+        check_lease_ms(lease_ms)
         if hit.lease is None:
             return False
         try:
