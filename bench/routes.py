@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 import kvstore_codec as codec
+from bench.bare_socket import BareSocket
 from bench.bare_stream import BareClient
 from kvstore_client import Client
 from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc
@@ -19,7 +20,7 @@ from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed, FramedStoreStub
 
 DEADLINE_S = 120.0
-MEMCPY, BARE = "memcpy", "bare stream"
+MEMCPY, BARE, SOCKET = "memcpy", "bare stream", "bare socket"
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,13 @@ def bare_route(channel: grpc.Channel, objects: Objects) -> Route:
     return Route(BARE, put, fetch, lambda came: came == len(joined))
 
 
+def socket_route(bare: BareSocket, objects: Objects) -> Route:
+    """As many bytes in blocks of an object's size over a plain socket, into memory that exists already."""
+    blocks = list(objects.blobs)
+    targets = [memoryview(bytearray(len(block))) for block in blocks]
+    return Route(SOCKET, lambda: bare.send(blocks), lambda: bare.receive(targets), lambda came: came is None)
+
+
 def node_route(channel: grpc.Channel, objects: Objects) -> Route:
     """The raw protocol to a node that holds the objects in RAM."""
     raw = _RawProtocol(channel, objects)
@@ -111,7 +119,7 @@ def disk_route(channel: grpc.Channel, objects: Objects) -> Route:
     )  # fmt: skip
 
 
-def sdk_route(client: Client, objects: Objects) -> Route:
+def sdk_route(name: str, client: Client, objects: Objects) -> Route:
     """The synchronous client, from the caller's array and into it; objects are made and checked on the way."""
     cache = client.namespace(objects.layout)
     target = np.zeros_like(objects.kv)
@@ -134,7 +142,7 @@ def sdk_route(client: Client, objects: Objects) -> Route:
         assert deleted.objects == chunks, deleted
         target.fill(0)
 
-    return Route("SDK, RAM", put, fetch, intact, clear=clear)
+    return Route(name, put, fetch, intact, clear=clear)
 
 
 class _RawProtocol:

@@ -1,4 +1,4 @@
-"""Put and fetch through a real node process, against a bare gRPC byte stream and memcpy of the same bytes.
+"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket and memcpy of the same bytes.
 
 Objects are real KV, stored "raw" so that no coding is in the way. Contestants take turns: each round puts and
 fetches everything once by every route, in rotating order; rates are medians over rounds, a ratio is the median of
@@ -15,16 +15,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from prometheus_client import CollectorRegistry
 from rich.table import Table
 
 import kvstore_codec as codec
 from bench import routes
+from bench.bare_socket import BareSocket
 from bench.kv import KV_PATH, ROPE_THETA, real_kv
 from bench.routes import Objects, Route
 from bench.server_process import channel_to, server_process
@@ -32,10 +34,12 @@ from kvstore.cli import bench_codec, render
 from kvstore.cli.bench_rounds import Bits
 from kvstore.cli.bench_tables import three_digits
 from kvstore_client import Client
+from kvstore_client.transports.bulk_path import Transport
 
 KVSTORE = Path(sys.executable).with_name("kvstore")
 OBJECT_MIB = (1, 4, 16)
 CAPACITY = "1GiB"
+TRANSPORTS: tuple[Transport, ...] = ("grpc", "tcp", "unix", "shm")
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Direction:
     seconds: tuple[float, ...]
     bytes_per_second: float
     to_bare: float
+    to_socket: float
     to_memcpy: float
 
 
@@ -82,19 +87,27 @@ def main() -> None:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-bench-"))
         commands = (
             [sys.executable, "-m", "bench.bare_stream"],
+            [sys.executable, "-m", "bench.bare_socket"],
             _serve(),
             _serve("--disk-path", folder, "--disk-capacity", CAPACITY),
         )
         addresses = [stack.enter_context(server_process(command)) for command in commands]
-        bare, ram, disk = [stack.enter_context(channel_to(address)) for address in addresses]
-        client = stack.enter_context(Client(addresses[1], strict=True))
+        bare, ram, disk = [stack.enter_context(channel_to(addresses[which])) for which in (0, 2, 3)]
+        plain = stack.enter_context(closing(BareSocket(addresses[1])))
+        clients = [
+            stack.enter_context(Client(addresses[2], strict=True, transport=transport, registry=CollectorRegistry()))
+            for transport in TRANSPORTS
+        ]
         for mib in OBJECT_MIB:
             objects = raw_objects(kv, mib << 20)
             report = measure(
                 [
-                    routes.memcpy_route(objects), routes.bare_route(bare, objects),
+                    routes.memcpy_route(objects), routes.bare_route(bare, objects), routes.socket_route(plain, objects),
                     routes.node_route(ram, objects), routes.disk_route(disk, objects),
-                    routes.sdk_route(client, objects),
+                    *(
+                        routes.sdk_route(f"SDK, {transport}", client, objects)
+                        for transport, client in zip(TRANSPORTS, clients, strict=True)
+                    ),
                 ],
                 objects, rounds,
             )  # fmt: skip
@@ -180,7 +193,8 @@ def _direction(seconds: dict[str, list[float]], route: Route, objects: Objects) 
         return statistics.median(theirs / ours for theirs, ours in zip(seconds[other], mine, strict=True))
 
     return Direction(
-        tuple(mine), objects.total_bytes / statistics.median(mine), to(routes.BARE), to(routes.MEMCPY)
+        tuple(mine), objects.total_bytes / statistics.median(mine), to(routes.BARE), to(routes.SOCKET),
+        to(routes.MEMCPY),
     )  # fmt: skip
 
 
@@ -191,7 +205,7 @@ def report_table(report: Report) -> Table:
     )
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    for name in ("put MB/s", "×bare", "×memcpy", "fetch MB/s", "×bare", "×memcpy"):
+    for name in ("put MB/s", "×gRPC", "×socket", "×memcpy", "fetch MB/s", "×gRPC", "×socket", "×memcpy"):
         table.add_column(name, justify="right", no_wrap=True)
     for result in report.results:
         table.add_row(
@@ -199,7 +213,7 @@ def report_table(report: Report) -> Table:
             *(
                 three_digits(figure)
                 for way in (result.put, result.fetch)
-                for figure in (way.bytes_per_second / 1e6, way.to_bare, way.to_memcpy)
+                for figure in (way.bytes_per_second / 1e6, way.to_bare, way.to_socket, way.to_memcpy)
             ),
         )
     return table
