@@ -22,7 +22,7 @@ from kvstore_client.errors import (
     Unavailable,
 )  # fmt: skip
 from kvstore_client.namespace import AsyncNamespace
-from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PutResult, TierStat
+from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PrefetchResult, PutResult, TierStat
 from kvstore_codec import (
     Extras,
     KVLayout,
@@ -66,6 +66,7 @@ __all__ = [
     "ObjectForeign",
     "ObjectUnsupported",
     "Partition",
+    "PrefetchResult",
     "Profile",
     "ProfileDamaged",
     "ProfileMissing",

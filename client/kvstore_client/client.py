@@ -21,7 +21,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from kvstore_client.aio import DEADLINE_S, AsyncClient
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
-from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
+from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Profile, Quality
 
 if TYPE_CHECKING:
@@ -108,6 +108,12 @@ class Namespace:
         return _run(
             self._async.get(token_ids, quality=quality, min_quality=min_quality, out=out, deadline=deadline)
         )  # fmt: skip
+
+    def prefetch(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
+    ) -> PrefetchResult:  # fmt: skip
+        """Tells the node that a prompt will be read; does not wait for what it does then."""
+        return _run(self._async.prefetch(token_ids, quality=quality, deadline=deadline))
 
     def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,

@@ -36,13 +36,15 @@ ProfileSource = Callable[[bytes], Awaitable[Profile]]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a fetch asks for: `chunks` of a prompt at `quality`, none of an effective quality under `min_quality`."""
+    """What a fetch asks for: `chunks` of a prompt at `quality`, none of an effective quality under `min_quality`.
+    `first_chunk`: hash of the prompt's first chunk, where it is not among them."""
 
     layout: KVLayout
     part: int
     chunks: Sequence[ChunkHit]
     quality: Quality
     min_quality: Quality
+    first_chunk: bytes = b""
 
 
 @dataclass
@@ -102,7 +104,8 @@ async def _objects(
 ) -> AsyncGenerator[memoryview, None]:
     """Whole objects in the order of `wanted.chunks`; ends early where the node has no more."""
     for number, first in enumerate(range(0, len(wanted.chunks), HASHES_MAX)):
-        part = replace(wanted, chunks=wanted.chunks[first : first + HASHES_MAX])
+        first_chunk = wanted.first_chunk or (wanted.chunks[0].hash if first else b"")
+        part = replace(wanted, chunks=wanted.chunks[first : first + HASHES_MAX], first_chunk=first_chunk)
         lease_id = lease_ids[number] if number < len(lease_ids) else b""
         came = 0
         async with aclosing(_stream(node, part, lease_id, deadline, count_received)) as objects:
@@ -118,7 +121,7 @@ async def _stream(
 ) -> AsyncGenerator[memoryview, None]:
     request = pb.FetchRequest(
         namespace_id=wanted.layout.namespace_id, chunk_hashes=b"".join(chunk.hash for chunk in wanted.chunks),
-        part=wanted.part, quality=wanted.quality, lease_id=lease_id,
+        part=wanted.part, quality=wanted.quality, lease_id=lease_id, first_chunk_hash=wanted.first_chunk,
     )  # fmt: skip
     call = None
     try:

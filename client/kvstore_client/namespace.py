@@ -14,11 +14,11 @@ from kvstore_client.deadline import Deadline
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
 from kvstore_client.fetching import Wanted, fetch
 from kvstore_client.leasing import kept_alive, renew
-from kvstore_client.lookups import lookup
+from kvstore_client.lookups import lookup, prefetch
 from kvstore_client.metrics import ABSENT, QUALITY
 from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
-from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
+from kvstore_client.results import ChunkHit, DeleteResult, Hit, PrefetchResult, PutResult
 from kvstore_client.session import Session
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
 from kvstore_codec.arrays import PagedKV, PagedPlane, planes
@@ -123,6 +123,29 @@ class AsyncNamespace:
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
         return kv, tokens
+
+    async def prefetch(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
+    ) -> PrefetchResult:  # fmt: skip
+        """Tells the node that a prompt will be read at `quality` (None: as well as it is stored): it brings what its
+        memory lacks there, from its disk or from the nodes upstream of it, and does not wait for that. A hint: what
+        becomes of it a lookup tells.
+        """
+        limit = self._session.begin(deadline)
+        wanted = Quality.RAW if quality is None else Quality.parse(quality)
+        refs = self._refs(token_ids)
+        if not refs:
+            return PrefetchResult()
+        try:
+            with self._session.timed("prefetch"):
+                _, result = await self._session.attempt(
+                    "prefetch", self._placement_key(refs), limit,
+                    lambda node, timeout_s: prefetch(node, self.layout, self.part, refs, wanted, timeout_s),
+                )  # fmt: skip
+        except KvClientError as error:
+            self._session.forgive("prefetch", error)
+            return PrefetchResult()
+        return result
 
     async def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
@@ -286,7 +309,7 @@ class AsyncNamespace:
                 lambda node, timeout_s: lookup(node, self.layout, self.part, prompt, lease_ms=0, timeout_s=timeout_s),
             )  # fmt: skip
             before = source.first_token if hit.tokens >= source.first_token else None
-            on_disk = True
+            on_disk, source = True, replace(source, first_chunk=prompt[0].hash)
             if not source.quality.exact:
                 profile, on_disk = await self._profiles.for_put(node, durable=source.durable, deadline=limit)
                 source = replace(source, profile=profile)

@@ -10,13 +10,16 @@ from kvstore_codec import KVLayout
 
 
 class Stage:
-    """Holds a reservation of `reserved_bytes`, which `close` gives back, once."""
+    """Holds a reservation of `reserved_bytes`, which `close` gives back, once.
+
+    `first_chunk`: hash of the prompt's first chunk; empty: it is the first that is offered."""
 
     def __init__(
         self, layout: KVLayout, part: int, offers: Sequence[Offer], verdicts: Sequence[Verdict],
-        release: Callable[[int, int], None],
+        release: Callable[[int, int], None], first_chunk: bytes = b"",
     ) -> None:  # fmt: skip
         self.layout = layout
+        self.first_chunk = first_chunk or next((offer.hash for offer in offers), b"")
         self.part = part
         self.offers = list(offers)
         self.verdicts = list(verdicts)

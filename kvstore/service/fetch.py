@@ -32,7 +32,7 @@ async def fetch(
     quality = requests.quality(request.quality)
     requests.lease_id(request.lease_id)
     keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in requests.hashes(request.chunk_hashes)]
-    objects = node.read_chain(keys, quality)
+    objects = node.read_chain(keys, quality, requests.first_chunk(request.first_chunk_hash))
     upcoming = asyncio.ensure_future(anext(objects, None))
     try:
         index = 0

@@ -67,6 +67,13 @@ def lease_id(value: bytes) -> bytes:
     return value
 
 
+def first_chunk(value: bytes) -> bytes:
+    """Empty: not said."""
+    if value and len(value) != HASH_BYTES:
+        raise InvalidRequest(f"first_chunk_hash must be {HASH_BYTES} bytes", bytes=len(value))
+    return value
+
+
 def hash_prefix(value: bytes) -> bytes:
     if len(value) > HASH_BYTES:
         raise InvalidRequest(f"hash_prefix must be at most {HASH_BYTES} bytes", bytes=len(value))
@@ -108,6 +115,7 @@ def put_offer(first: pb.PutRequest) -> pb.PutOffer:
         if not 0 < offered.object_bytes <= OBJECT_BYTES_MAX:
             raise InvalidRequest(f"object_bytes must be 1–{OBJECT_BYTES_MAX}", object_index=index)
         quality(offered.quality)
+    first_chunk(offer.first_chunk_hash)
     if len({offered.chunk_hash for offered in offer.objects}) != len(offer.objects):
         raise InvalidRequest("an offer names each chunk once")
     retention(offer)

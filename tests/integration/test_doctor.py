@@ -94,7 +94,7 @@ def test_lines_for_people() -> None:
     done = run("admin", "doctor", "--only", "version", "--only", "disk", COLUMNS="20")
     assert done.returncode == OK
     version, disk = done.stdout.splitlines()
-    assert version.startswith("ok    version  kvstore ")
+    assert version.startswith("ok    version   kvstore ")
     assert disk.startswith("ok    disk     no disk_path")
 
 
