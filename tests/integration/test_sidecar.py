@@ -43,7 +43,7 @@ def start_sidecar(start_node: StartNode, tmp_path: Path) -> Callable[..., NodePr
     def start(upstream: str, *flags: str) -> NodeProcess:
         return start_node(
             "--upstream", upstream, "--host-capacity", "64MiB", "--node-id", "sidecar", "--upstream-timeout-ms", "5000",
-            *flags, listen=f"unix:///{tmp_path}/sidecar.sock", role="sidecar",
+            *flags, listen=f"unix://{tmp_path}/sidecar.sock", role="sidecar",
         )  # fmt: skip
 
     return start
