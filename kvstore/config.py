@@ -79,6 +79,10 @@ def _addresses(value: str) -> str:
     return value
 
 
+def _bulk_addresses(value: str) -> str:
+    return value if value in ("auto", "none") else _addresses(value)
+
+
 def _metrics_address(value: str) -> str:
     if value.startswith("unix:"):
         raise ValueError("must be host:port")
@@ -99,6 +103,11 @@ class NodeConfig(UpstreamConfig, RedisConfig):
         default="127.0.0.1:7070",
         description="host:port or unix:/path to serve gRPC on; several with commas; port 0: any",
     )
+    bulk_listen: Annotated[str, AfterValidator(_bulk_addresses)] = Field(
+        default="auto",
+        description="where objects move over bare sockets: host:port or unix:/path, several with commas; auto: beside "
+        "each gRPC address, any port, and for this machine's processes; none: over gRPC only",
+    )
     node_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._:-]{1,128}$")] | None = Field(
         default=None, description="name of this node in answers and metrics (default: the host's name)"
     )
@@ -111,6 +120,9 @@ class NodeConfig(UpstreamConfig, RedisConfig):
     disk_write: Literal["behind", "through", "demote"] = Field(
         default="behind",
         description="when objects go to disk: behind every put, before it is answered, or when memory has no room",
+    )
+    disk_admission: Literal["all", "second-use"] = Field(
+        default="all", description="which objects go to disk: all, or those that are used again, to spare flash"
     )
     eviction_policy: PolicyName = Field(
         default="gittins", description="which objects go first when a tier is full (docs/eviction.md)"

@@ -75,7 +75,12 @@ class NodeMetrics:
             "degradations", "Objects that lost their finest quality layer, by tier, quality left and reason.",
             "tier", "quality", "reason",
         )  # fmt: skip
+        self.admissions = counter(
+            "disk_admissions", "Objects that were to go to disk, by whether they did: written or held_back.", "result"
+        )
         self.leases = counter("lease_events", "Leases taken, renewed, released, and renewed too late.", "event")
+        self.live_writes = counter("live_writes", "Live writes that ended, by outcome.", "outcome")
+        self.live_follows = counter("live_follows", "Readers who asked for a live write, by what they found.", "result")
         self.evictions = counter("evictions", "Objects evicted, by tier and reason.", "tier", "reason")
         self.integrity_failures = counter(
             "integrity_failures", "Objects whose bytes were not what they should be, by where and what.", "tier", "code"

@@ -31,6 +31,8 @@ def code_blocks(path: Path, language: str) -> list[str]:
                 "second turn: 2 chunks stored",
                 "exact: True",
                 "read with the profile of the store: 1024 tokens",
+                "layer 3: 96 tokens, exact: True",
+                "complete: True",
             ],
         ),
     ],

@@ -1,7 +1,7 @@
 """kvstore's client: fetch the KV of a prompt's prefix instead of recomputing it."""
 
 from kvstore_client.aio import AsyncClient
-from kvstore_client.client import Client, Namespace
+from kvstore_client.client import Client, Namespace, Stream, Writer
 from kvstore_client.errors import (
     AccessDenied,
     BadObject,
@@ -22,7 +22,11 @@ from kvstore_client.errors import (
     Unavailable,
 )  # fmt: skip
 from kvstore_client.namespace import AsyncNamespace
+from kvstore_client.planner.costs import PrefillCost
+from kvstore_client.planner.plan import Plan, PlannedChunk
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PrefetchResult, PutResult, TierStat
+from kvstore_client.streaming import AsyncStream
+from kvstore_client.writing import AsyncWriter
 from kvstore_codec import (
     Extras,
     KVLayout,
@@ -42,6 +46,8 @@ __all__ = [
     "AccessDenied",
     "AsyncClient",
     "AsyncNamespace",
+    "AsyncStream",
+    "AsyncWriter",
     "BadObject",
     "ChunkHit",
     "Client",
@@ -66,7 +72,10 @@ __all__ = [
     "ObjectForeign",
     "ObjectUnsupported",
     "Partition",
+    "Plan",
+    "PlannedChunk",
     "PrefetchResult",
+    "PrefillCost",
     "Profile",
     "ProfileDamaged",
     "ProfileMissing",
@@ -77,7 +86,9 @@ __all__ = [
     "RoPE",
     "RopeScaling",
     "ServerFailed",
+    "Stream",
     "TierStat",
     "Unavailable",
     "ValuesError",
+    "Writer",
 ]

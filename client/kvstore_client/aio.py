@@ -13,6 +13,7 @@ from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.results import NodeStat, TierStat
 from kvstore_client.session import Session
 from kvstore_client.target import parse_target
+from kvstore_client.transports.bulk_path import Transport, checked_transport
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVLayout, Profile
 from kvstore_proto.v1 import store_pb2 as pb
 
@@ -27,16 +28,19 @@ class AsyncClient:
 
     `target`: "host:port", "unix:///path", or several of them (a list, or with commas). `deadline`: seconds that a
     call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
-    of the codec. `registry`: where the client's metrics go. Connects when first used; raises InvalidArgument.
+    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "grpc"; or, where the
+    node has it, "tcp", "unix" or "shm" (this machine's shared memory); or "auto", the best of them all. Connects when
+    first used; raises InvalidArgument.
     """
 
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
+        transport: Transport = "grpc",
     ) -> None:  # fmt: skip
         self._session = Session(
             parse_target(target), deadline_s=deadline, strict=strict, threads=threads, tenant_key=tenant_key,
-            registry=registry,
+            registry=registry, transport=checked_transport(transport),
         )  # fmt: skip
 
     def namespace(

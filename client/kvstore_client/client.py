@@ -21,7 +21,12 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from kvstore_client.aio import DEADLINE_S, AsyncClient
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
+from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.plan import Plan
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult
+from kvstore_client.streaming import AsyncStream
+from kvstore_client.transports.bulk_path import Transport
+from kvstore_client.writing import AsyncWriter
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Profile, Quality
 
 if TYPE_CHECKING:
@@ -37,10 +42,12 @@ class Client:
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
+        transport: Transport = "grpc",
     ) -> None:  # fmt: skip
         self._async = AsyncClient(
-            target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry
-        )
+            target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry,
+            transport=transport,
+        )  # fmt: skip
 
     def namespace(
         self, layout: KVLayout, *, part: int = 0, extras: Extras | None = None, tail: bool = False,
@@ -102,11 +109,27 @@ class Namespace:
 
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, deadline: float | None = None,
+        out: KVArray | None = None, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
     ) -> tuple[KVArray, int]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
         return _run(
-            self._async.get(token_ids, quality=quality, min_quality=min_quality, out=out, deadline=deadline)
+            self._async.get(
+                token_ids, quality=quality, min_quality=min_quality, out=out, ttft=ttft,
+                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+            )
+        )  # fmt: skip
+
+    def plan(
+        self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
+        min_quality: str | Quality = "low", deadline: float | None = None,
+    ) -> Plan:  # fmt: skip
+        """What a get with these arguments would do, when that would be ready, and why."""
+        return _run(
+            self._async.plan(
+                token_ids, ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, min_quality=min_quality,
+                deadline=deadline,
+            )
         )  # fmt: skip
 
     def prefetch(
@@ -128,6 +151,29 @@ class Namespace:
             )
         )  # fmt: skip
 
+    def writer(
+        self, token_ids: TokenIds, *, quality: str | Quality = "high", durable: bool = False,
+        provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
+        deadline: float | None = None,
+    ) -> Writer:  # fmt: skip
+        """A put whose KV comes layer by layer while it is computed: `with cache.writer(tokens) as writer:
+        writer.write(layer, k, v)`."""
+        return Writer(
+            self._async.writer(
+                token_ids, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+                retain=retain, deadline=deadline,
+            )
+        )  # fmt: skip
+
+    def stream(
+        self, token_ids: TokenIds, *, wait: float = 0.0, quality: str | Quality | None = None,
+        min_quality: str | Quality = "low", deadline: float | None = None,
+    ) -> Stream:  # fmt: skip
+        """(layer, k, v) of each layer, in order, of the longest prefix that is stored or being written."""
+        return Stream(
+            self._async.stream(token_ids, wait=wait, quality=quality, min_quality=min_quality, deadline=deadline)
+        )  # fmt: skip
+
     def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
         """Removes a prompt's chunks, or the whole namespace."""
         return _run(self._async.delete(token_ids, deadline=deadline))
@@ -139,6 +185,66 @@ class Namespace:
     def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
         """The profile with this id; None on a miss."""
         return _run(self._async.load_profile(profile_id, deadline=deadline))
+
+
+class Writer:
+    """Made by `Namespace.writer`; see AsyncWriter."""
+
+    def __init__(self, writer: AsyncWriter) -> None:
+        self._async = writer
+
+    @property
+    def result(self) -> PutResult | None:
+        return self._async.result
+
+    def write(self, layer: int, k: Any, v: Any) -> None:
+        """The next layer."""
+        _run(self._async.write(layer, k, v))
+
+    def __enter__(self) -> Self:
+        _run(self._async.__aenter__())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _run(self._async.__aexit__(kind, error, trace))
+
+
+class Stream:
+    """Made by `Namespace.stream`; see AsyncStream."""
+
+    def __init__(self, stream: AsyncStream) -> None:
+        self._async = stream
+
+    @property
+    def tokens(self) -> int:
+        return self._async.tokens
+
+    @property
+    def layers(self) -> int:
+        return self._async.layers
+
+    @property
+    def complete(self) -> bool:
+        return self._async.complete
+
+    @property
+    def reason(self) -> str:
+        return self._async.reason
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> tuple[int, Any, Any]:
+        try:
+            return _run(self._async.__anext__())
+        except StopAsyncIteration:
+            raise StopIteration from None
+
+    def close(self) -> None:
+        """Lets go of what is still on its way."""
+        _run(self._async.aclose())
 
 
 async def _entered(context: AbstractAsyncContextManager[R]) -> R:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -20,10 +22,13 @@ from kvstore_client.errors import (
     Unavailable,
     from_status,
 )  # fmt: skip
+from kvstore_client.transports.bulk_path import BulkPath, Transport
 from kvstore_cluster.placement import rank
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
+from kvstore_proto.v1.live_framing import FramedLiveStub
 
 R = TypeVar("R")
+TRANSFERS_MAX = 16  # under way at a time over bulk paths, each on its thread
 #: What another node may do better: the caller's mistakes and the lies of a node are not among it.
 _TRY_ELSEWHERE = (Unavailable, DeadlineExceeded, ServerFailed)
 _OPTIONS = [
@@ -45,11 +50,20 @@ class Node:
 
     address: str
     stub: FramedStoreStub
+    bulk: BulkPath
+    live: FramedLiveStub
 
 
 class Connections:
-    def __init__(self, seeds: Sequence[str]) -> None:
+    """`transport`: which way objects go. `on_failure` is told (node, error) where its bulk path cannot be had."""
+
+    def __init__(
+        self, seeds: Sequence[str], transport: Transport = "grpc",
+        on_failure: Callable[[str, KvClientError], None] = lambda node, error: None,
+    ) -> None:  # fmt: skip
         self._seeds = tuple(seeds)
+        self._transport, self._on_failure = transport, on_failure
+        self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")  # starts no thread before it has work
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._nodes: dict[str, Node] = {}
         self._closed = False
@@ -64,8 +78,9 @@ class Connections:
         if self._closed:
             raise _closed_meanwhile(seed)
         if seed not in self._nodes:
-            self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
-            self._nodes[seed] = Node(seed, FramedStoreStub(self._channels[seed]))
+            channel = self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
+            bulk = BulkPath(seed, channel, self._transport, self._executor, partial(self._on_failure, seed))
+            self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk, FramedLiveStub(channel))
         return self._nodes[seed]
 
     def ranked(self, key: bytes) -> Iterator[Node]:
@@ -74,8 +89,11 @@ class Connections:
 
     async def aclose(self) -> None:
         self._closed = True
-        channels, self._channels, self._nodes = list(self._channels.values()), {}, {}
+        channels, nodes = list(self._channels.values()), list(self._nodes.values())
+        self._channels, self._nodes = {}, {}
+        await asyncio.gather(*(node.bulk.aclose() for node in nodes))
         await asyncio.gather(*(channel.close(None) for channel in channels))
+        self._executor.shutdown(wait=False)
 
 
 def worth_another_node(error: KvClientError) -> bool:

@@ -33,7 +33,7 @@ class Learner:
             for kv, first_position in chunks:
                 if self.is_full:
                     break
-                copy = _copied(kv, self._layout)
+                copy = copied(kv, self._layout)
                 self._sample.append((copy, first_position))
                 self._tokens += codec.token_count(copy, self._layout)
             return self.is_full
@@ -44,7 +44,8 @@ class Learner:
         return codec.learn_statistics(sample, self._layout)
 
 
-def _copied(kv: KVArray, layout: KVLayout) -> KVArray:
+def copied(kv: KVArray, layout: KVLayout) -> KVArray:
+    """`kv` in memory of its own. Raises LayoutError where it does not fit `layout`."""
     planes = arrays.planes(kv, layout)
     copy = codec.empty(layout, planes[0].shape[0])
     for source, target in zip(planes, arrays.planes(copy, layout), strict=True):

@@ -69,6 +69,12 @@ async def prefetch(
     return PrefetchResult(held, under_way)
 
 
+def good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit]:
+    """The chunks before the first that is of less quality than `floor`."""
+    bad = next((index for index, chunk in enumerate(chunks) if chunk.effective_quality > floor), len(chunks))
+    return chunks[:bad]
+
+
 def _hit(
     node: Node, layout: KVLayout, part: int, ref: ChunkRef, tokens: int, quality: int, provenance: int,
     stored_bytes: int, tier: int,

@@ -1,7 +1,7 @@
 """What the client counts (`kvstore_client_*`), and its one log line per cause of trouble.
 
-`reason` is an ErrorCode's value, or one of the honest misses: "absent" (not stored) and "quality" (stored, but
-worse than asked for).
+`reason` is an ErrorCode's value, or one of the honest misses: "absent" (not stored), "quality" (stored, but worse than
+asked for) and "slower" (stored, but the planner expects recomputing to be faster).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
 
 ABSENT = "absent"
 QUALITY = "quality"
+SLOWER = "slower"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 log = logging.getLogger("kvstore_client")

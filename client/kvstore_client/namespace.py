@@ -1,7 +1,9 @@
-"""The calls on one namespace: lookup, get, put, delete."""
+"""The calls on one namespace: lookup, get, put, stream, writer, delete."""
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,19 +11,28 @@ from dataclasses import replace
 import numpy.typing as npt
 
 import kvstore_codec as codec
+from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, check_lease_ms, qualities, retention
 from kvstore_client.connection import Node, failures, timeout_s, understood
-from kvstore_client.deadline import Deadline
+from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
-from kvstore_client.fetching import Wanted, fetch
+from kvstore_client.fetching import Fetched, fetch
+from kvstore_client.following import StreamAsked
+from kvstore_client.kv_views import of_chunk, sliceable
 from kvstore_client.leasing import kept_alive, renew
-from kvstore_client.lookups import lookup, prefetch
-from kvstore_client.metrics import ABSENT, QUALITY
+from kvstore_client.lookups import good_enough, lookup, prefetch
+from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
 from kvstore_client.namespace_profiles import NamespaceProfiles
+from kvstore_client.pace import Timing
+from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
+from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
 from kvstore_client.results import ChunkHit, DeleteResult, Hit, PrefetchResult, PutResult
 from kvstore_client.session import Session
+from kvstore_client.streaming import AsyncStream
+from kvstore_client.transports.wanted import Wanted
+from kvstore_client.writing import AsyncWriter
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
-from kvstore_codec.arrays import PagedKV, PagedPlane, planes
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import HASHES_MAX
 
@@ -29,9 +40,6 @@ TokenIds = Sequence[int] | npt.ArrayLike
 LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
-LEASE_MS_MAX = 2**32 - 1  # as the protocol can say it
-PRIORITY_MAX = 100
-RETAIN_S_MAX = 365 * 86_400
 _LOST_MAX = 1 << 16
 
 
@@ -50,6 +58,7 @@ class AsyncNamespace:
         self._profiles = NamespaceProfiles(session, layout, profile, learn_statistics)
         # Hashes of chunks that a get found coded with a profile that is gone: a put replaces them.
         self._lost: set[bytes] = set()
+        self._planner = NamespacePlanner(session, self._part_layout)
 
     async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
@@ -57,8 +66,7 @@ class AsyncNamespace:
         `token_ids`: 1-D integers in [0, 2³²); whole chunks of them are looked up, and the rest with `tail`.
         """
         limit = self._session.begin(deadline)
-        if not 0 <= lease_ms <= LEASE_MS_MAX:
-            raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)
+        check_lease_ms(lease_ms)
         refs = self._refs(token_ids)
         with self._session.timed("lookup"):
             _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
@@ -78,8 +86,7 @@ class AsyncNamespace:
     async def renew(self, hit: Hit, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> bool:
         """Whether the chunks of a hit are still held, from now on for `lease_ms` (at most; 0: let go of them)."""
         limit = self._session.begin(deadline)
-        if not 0 <= lease_ms <= LEASE_MS_MAX:
-            raise InvalidArgument(f"lease_ms must be 0–{LEASE_MS_MAX}", lease_ms=lease_ms)
+        check_lease_ms(lease_ms)
         if hit.lease is None:
             return False
         try:
@@ -92,7 +99,8 @@ class AsyncNamespace:
 
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, deadline: float | None = None,
+        out: KVArray | None = None, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
     ) -> tuple[KVArray, int]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
 
@@ -102,24 +110,22 @@ class AsyncNamespace:
         some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
         lies behind them is unspecified. Without it, a new numpy array (or list of (k, v) where layers differ).
 
+        With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
+        that leaves the rest in time, and no more chunks where recomputing the rest is faster.
+
         Nothing writes to `out` after this returns or is cancelled.
         """
         limit = self._session.begin(deadline)
-        wanted = Quality.RAW if quality is None else Quality.parse(quality)
-        floor = Quality.parse(min_quality)
-        if wanted > floor:
-            raise InvalidArgument(
-                "quality is worse than min_quality: ask for less, or lower min_quality",
-                quality=wanted.label, min_quality=floor.label,
-            )  # fmt: skip
+        goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
+        wanted, floor = qualities(quality, min_quality)
         refs = self._refs(token_ids)
         tokens_asked = refs[-1].first_token + refs[-1].tokens if refs else 0
         if out is not None:
-            out = _sliceable(out, self._part_layout)
+            out = sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
             refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
         with self._session.timed("get"):
-            kv, tokens = await self._get(refs, wanted, floor, out, limit)
+            kv, tokens = await self._get(refs, wanted, floor, out, limit, goal)
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
         return kv, tokens
@@ -147,6 +153,24 @@ class AsyncNamespace:
             return PrefetchResult()
         return result
 
+    async def plan(
+        self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
+        min_quality: str | Quality = "low", deadline: float | None = None,
+    ) -> Plan:  # fmt: skip
+        """What a get with these arguments would do, by what is known now: fetch each stored chunk, at which quality, or
+        leave it to the engine; when that would be ready, and why.
+
+        `ttft`: seconds from now in which all of the prompt's KV should be there. `prefill_tokens_per_s`: the engine's
+        speed, as one number for every position, as a `PrefillCost`, or as a function of (first, last) that answers the
+        seconds of computing those tokens of the prompt.
+        """
+        limit = self._session.begin(deadline)
+        goal, floor = checked_goal(ttft, prefill_tokens_per_s, len(token_ids)), Quality.parse(min_quality)  # type: ignore[arg-type]
+        assert goal is not None, "both are given"
+        with self._session.timed("plan"):
+            node, hit, _ = await self._find("plan", self._refs(token_ids), 0, limit)
+        return self._planner.plan(goal, node, good_enough(hit.chunks, floor), floor)
+
     async def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
         provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
@@ -163,13 +187,63 @@ class AsyncNamespace:
         """
         limit = self._session.begin(deadline)
         source = Source(
-            self.layout, self.part, _sliceable(kv, self._part_layout), first_token,
-            codec.storable_quality(self.layout, quality), Quality.parse(provenance), durable, _retention(retain),
+            self.layout, self.part, sliceable(kv, self._part_layout), first_token,
+            codec.storable_quality(self.layout, quality), Quality.parse(provenance), durable, retention(retain),
         )  # fmt: skip
         refs = self._refs_from(token_ids, source)
         with self._session.timed("put"):
             before, stored = await self._put(source, refs, limit)
         return result_of(before, stored)
+
+    def writer(
+        self, token_ids: TokenIds, *, quality: str | Quality = "high", durable: bool = False,
+        provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
+        deadline: float | None = None,
+    ) -> AsyncWriter:  # fmt: skip
+        """A put whose KV comes layer by layer while it is computed, and which `stream` can follow meanwhile:
+        `async with cache.writer(tokens) as writer: await writer.write(layer, k, v)`.
+
+        Left normally it stores the chunks, as `put` does with these arguments (`writer.result`); left by an exception
+        it aborts: its readers end, nothing is stored. `deadline`: of each of its calls; leaving it stores within that.
+        """
+        check_first_token(self.layout, first_token)
+        source = Source(
+            self.layout, self.part, None, first_token, codec.storable_quality(self._part_layout, quality),
+            Quality.parse(provenance), durable, retention(retain),
+        )  # fmt: skip
+        refs, put_whole = self._refs(token_ids), None
+        if self._profiles.are_used and not source.quality.exact:
+            put_whole = functools.partial(
+                self.put, token_ids, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+                retain=retain,
+            )  # fmt: skip
+        return AsyncWriter(
+            self._session, source, refs, tokens=len(token_ids) - first_token,  # type: ignore[arg-type]
+            key=self._placement_key(refs) if refs else b"", put_whole=put_whole, deadline=deadline,
+        )  # fmt: skip
+
+    def stream(
+        self, token_ids: TokenIds, *, wait: float = 0.0, quality: str | Quality | None = None,
+        min_quality: str | Quality = "low", deadline: float | None = None,
+    ) -> AsyncStream:  # fmt: skip
+        """(layer, k, v) of each layer, in order, of the longest prefix that is stored or being written: k and v are
+        `[tokens, kv_heads, dim]`, as `get` returns them, for the first `stream.tokens` tokens.
+
+        `wait`: seconds for a writer to appear where less than the whole prompt is stored. The first layer comes within
+        `wait` + `deadline`, each further one within `deadline`; else the stream ends. It also ends, at once, when the
+        writer aborts or dies: layers handed over are good, `stream.complete` is False. Before the first one of a live
+        write it goes on with what is stored alone. A live write travels at the quality that it is written at.
+        """
+        wanted, floor = qualities(quality, min_quality)
+        limit = self._session.begin(deadline)
+        asked = StreamAsked(
+            self.layout, self.part, self._refs(token_ids), wanted, floor,
+            checked_seconds(wait) if wait else 0.0, limit.seconds,
+        )  # fmt: skip
+        return AsyncStream(
+            self._session, asked,
+            lambda lease_ms, limit: self._find("stream", asked.refs, lease_ms, limit), self._profiles.of_object,
+        )  # fmt: skip
 
     async def delete(self, token_ids: TokenIds | None = None, *, deadline: float | None = None) -> DeleteResult:
         """Removes a prompt's chunks from every seed, other prompts' that share them included; without `token_ids`
@@ -231,11 +305,7 @@ class AsyncNamespace:
 
     def _refs_from(self, token_ids: TokenIds, source: Source) -> list[ChunkRef]:
         """All chunks of the tokens. Raises InvalidArgument where `source.kv` does not fit them from first_token on."""
-        if source.first_token < 0 or source.first_token % self.layout.chunk_tokens:
-            raise InvalidArgument(
-                "first_token must be a multiple of chunk_tokens", first_token=source.first_token,
-                chunk_tokens=self.layout.chunk_tokens,
-            )  # fmt: skip
+        check_first_token(self.layout, source.first_token)
         refs = self._refs(token_ids)
         tokens = len(token_ids)  # type: ignore[arg-type]
         held = codec.token_count(source.kv, self._part_layout)
@@ -251,24 +321,27 @@ class AsyncNamespace:
         """(node, hit, why no more); no node where none answered."""
         if not refs:
             return None, Hit(), ABSENT
+
+        async def ask(node: Node, timeout_s: float) -> Hit:
+            began = time.monotonic()
+            hit = await lookup(node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s)
+            self._session.peers[node.address].latency.observe(time.monotonic() - began)
+            return hit
+
         try:
-            node, hit = await self._session.attempt(
-                call, self._placement_key(refs), limit,
-                lambda node, timeout_s: lookup(
-                    node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s
-                ),
-            )  # fmt: skip
+            node, hit = await self._session.attempt(call, self._placement_key(refs), limit, ask)
         except KvClientError as error:
             self._session.forgive(call, error)
             return None, Hit(), error.code.value
         return node, hit, ABSENT
 
     async def _get(
-        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline
-    ) -> tuple[KVArray, int]:
+        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline,
+        goal: Goal | None,
+    ) -> tuple[KVArray, int]:  # fmt: skip
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
         node, hit, reason = await self._find("get", refs, lease_ms, limit)
-        chunks = _good_enough(hit.chunks, floor)
+        chunks = good_enough(hit.chunks, floor)
         if len(chunks) < len(hit.chunks):
             reason = QUALITY
         tokens = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
@@ -277,11 +350,19 @@ class AsyncNamespace:
             self._count_miss(reason if refs else None)
             return codec.token_slice(into, 0, 0), 0
         lease_ids = hit.lease.ids if hit.lease is not None else ()
-        fetched = await fetch(
-            node, Wanted(self.layout, self.part, chunks, wanted, floor), lease_ids, into, self._session.executor, limit,
-            self._session.metrics.bytes_received.inc,
-            lambda profile_id: self._profiles.of_object(node, profile_id, limit),
-        )  # fmt: skip
+
+        async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
+            before = part.chunks[0].first_token // self.layout.chunk_tokens
+            return await fetch(
+                node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
+                lambda profile_id: self._profiles.of_object(node, profile_id, limit), timing,
+            )  # fmt: skip
+
+        wants = Wanted(self.layout, self.part, chunks, wanted, floor)
+        if goal is None:
+            fetched = await fetch_part(wants, into, self._planner.timing(node))
+        else:
+            fetched, reason = await self._planner.fetch(goal, node, wants, into, fetch_part), SLOWER
         if fetched.error is not None:
             if isinstance(fetched.error, ProfileMissing):
                 self._lose(chunks[fetched.chunks :])
@@ -325,7 +406,9 @@ class AsyncNamespace:
                 )
                 answered |= {each.ref.hash: replace(each, durable=each.durable and on_disk) for each in done}
             if not source.quality.exact:
-                await self._profiles.learn_from([_of(source, chunk.ref) for chunk in unsettled if not chunk.held_bytes])
+                await self._profiles.learn_from(
+                    [of_chunk(source, chunk.ref) for chunk in unsettled if not chunk.held_bytes]
+                )
         except KvClientError as error:
             self._session.profiles.doubt()
             self._session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
@@ -357,34 +440,3 @@ class AsyncNamespace:
     def _count_miss(self, reason: str | None) -> None:
         if reason is not None:
             self._session.metrics.misses.labels(reason).inc()
-
-
-def _retention(hint: tuple[int, int] | None) -> tuple[int, int] | None:
-    if hint is not None and not (0 <= hint[0] <= PRIORITY_MAX and 0 < hint[1] <= RETAIN_S_MAX):
-        raise InvalidArgument(
-            f"retain is (priority 0–{PRIORITY_MAX}, seconds 1–{RETAIN_S_MAX})", priority=hint[0], seconds=hint[1]
-        )
-    return hint
-
-
-def _good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit]:
-    """The chunks before the first that is of less quality than `floor`."""
-    bad = next((index for index, chunk in enumerate(chunks) if chunk.effective_quality > floor), len(chunks))
-    return chunks[:bad]
-
-
-def _of(source: Source, ref: ChunkRef) -> tuple[KVArray, int]:
-    """(kv, first position) of one of the source's chunks."""
-    first = ref.first_token - source.first_token
-    return codec.token_slice(source.kv, first, first + ref.tokens), ref.first_token
-
-
-def _sliceable(kv: KVArray, layout: KVLayout) -> KVArray:
-    """`kv`; or (k, v) views of its memory where it has no way to take some of its tokens, as bare DLPack has not."""
-    arrays = [array for pair in kv for array in pair] if isinstance(kv, list | tuple) else [kv]
-    if isinstance(kv, PagedKV) or all(hasattr(array, "__getitem__") for array in arrays):
-        return kv
-    like = codec.empty(layout, 0)
-    dtype = like[0][0].dtype if isinstance(like, list) else like.dtype
-    views = [plane.view(dtype) for plane in planes(kv, layout) if not isinstance(plane, PagedPlane)]
-    return list(zip(views[::2], views[1::2], strict=True))

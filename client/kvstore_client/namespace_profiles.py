@@ -38,6 +38,11 @@ class NamespaceProfiles:
         self._learner = Learner(layout) if learn_statistics else None
         self._recent: Profile | None = None
 
+    @property
+    def are_used(self) -> bool:
+        """Whether lossy puts are coded with a profile, now or once one is learned."""
+        return self._own is not None or self._learner is not None
+
     async def for_put(self, node: Node, *, durable: bool, deadline: Deadline) -> tuple[Profile | None, bool]:
         """(what lossy objects are coded with, whether it is on disk): None before anything is learned. The profile is
         stored on `node` when this returns.

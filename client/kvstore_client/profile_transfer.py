@@ -11,11 +11,12 @@ from typing import TypeVar
 from kvstore_client import profiles
 from kvstore_client.connection import Node, timeout_s
 from kvstore_client.deadline import Deadline
-from kvstore_client.fetching import Wanted, fetch
+from kvstore_client.fetching import fetch
 from kvstore_client.lookups import lookup
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.profiles import PROFILE_LAYOUT, Rows
 from kvstore_client.putting import Chunk, Source, Stored, put
+from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, Profile, Quality
 
 #: Of one put stream: what was stored before a deadline passed need not be sent again.

@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import kvstore_codec as codec
 from kvstore_client.coder import DeadlineCoder
-from kvstore_client.connection import Node, timeout_s
+from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ProtocolViolation, one_line
-from kvstore_client.put_stream import PutStream, put_stream
 from kvstore_client.results import PutResult
+from kvstore_client.transports.transfer import Put
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
 from kvstore_proto.v1 import store_pb2 as pb
-from kvstore_proto.v1.framing import DATA_BYTES_MAX, OFFERED_OBJECTS_MAX, Framed
+from kvstore_proto.v1.framing import OFFERED_OBJECTS_MAX
 
 #: One put stream carries about so much KV: what is encoded at a time is held in memory on both sides.
 RAW_BYTES_MAX = 256 << 20
@@ -72,16 +73,25 @@ async def put(
 ) -> list[Stored]:  # fmt: skip
     """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
     blobs = await _encode(source, chunks, executor, DeadlineCoder(deadline))
-    async with put_stream(node, timeout_s(deadline)) as stream:
-        await stream.write(Framed(pb.PutRequest(offer=_offer(source, chunks, blobs))))
-        verdicts = (await stream.answer("verdicts")).verdicts.verdicts
+    return await put_encoded(node, source, chunks, blobs, deadline, count_sent)
+
+
+async def put_encoded(
+    node: Node, source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None], deadline: Deadline,
+    count_sent: Callable[[int], None],
+) -> list[Stored]:  # fmt: skip
+    """The same with one object a chunk, None for what the node holds; of `source`, the KV is not looked at."""
+    async with aclosing(Put(node, deadline, count_sent)) as sending:
+        verdicts = (await sending.offer(_offer(source, chunks, blobs))).verdicts
         _check(node, len(verdicts) == len(chunks) and _VERDICTS.issuperset(verdicts))
-        for index, (blob, verdict) in enumerate(zip(blobs, verdicts, strict=True)):
-            if verdict == pb.VERDICT_SEND and blob is not None:
-                await _send(stream, index, blob, count_sent)
-        await stream.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
-        await stream.done_writing()
-        results = (await stream.answer("results")).results.results
+        await sending.send(
+            [
+                (index, blob)
+                for index, (blob, verdict) in enumerate(zip(blobs, verdicts, strict=True))
+                if verdict == pb.VERDICT_SEND and blob is not None
+            ]
+        )
+        results = (await sending.commit()).results
         _check(node, len(results) == len(chunks) and _OUTCOMES.issuperset(result.outcome for result in results))
     return [
         Stored(
@@ -152,14 +162,6 @@ def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None
             for chunk, blob in zip(chunks, blobs, strict=True)
         ],
     )
-
-
-async def _send(stream: PutStream, index: int, blob: bytes, count_sent: Callable[[int], None]) -> None:
-    view = memoryview(blob)
-    for offset in range(0, len(blob), DATA_BYTES_MAX):
-        piece = view[offset : offset + DATA_BYTES_MAX]
-        await stream.write(Framed(pb.PutRequest(object_index=index, offset=offset), piece))
-        count_sent(len(piece))
 
 
 def _check(node: Node, sane: bool) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,9 +21,11 @@ from kvstore_client.connection import Connections, Node, timeout_s, worth_anothe
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.errors import ClientClosed, ErrorCode, KvClientError
 from kvstore_client.metrics import OncePerReason, client_metrics
+from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
 from kvstore_client.profile_transfer import ProfileTransfer
 from kvstore_client.putting import Stored
+from kvstore_client.transports.bulk_path import Transport
 
 THREADS_MAX = 4  # of the codec, by default
 
@@ -32,14 +35,15 @@ R = TypeVar("R")
 class Session:
     def __init__(
         self, seeds: Sequence[str], *, deadline_s: float, strict: bool, threads: int | None, tenant_key: bytes,
-        registry: CollectorRegistry,
+        registry: CollectorRegistry, transport: Transport,
     ) -> None:  # fmt: skip
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
-        self.connections = Connections(seeds)
+        self.connections = Connections(seeds, transport, self._bulk_failed)
         self.profiles = ProfileShelf(
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip
+        self.peers: dict[str, PeerEstimates] = defaultdict(PeerEstimates)  # by address: what gets have measured
         self._deadline_s = checked_seconds(deadline_s)
         self._log = OncePerReason()
         self._threads = threads or min(THREADS_MAX, os.cpu_count() or 1)
@@ -52,6 +56,10 @@ class Session:
         if self._executor is None:
             self._executor = ThreadPoolExecutor(self._threads, "kvstore-client")
         return self._executor
+
+    def decode_estimates(self) -> DecodeEstimates:
+        """For one namespace."""
+        return DecodeEstimates(self._threads)
 
     def begin(self, deadline_s: float | None) -> Deadline:
         """The deadline of a call that starts now. Raises ClientClosed, InvalidArgument."""
@@ -99,6 +107,11 @@ class Session:
             yield
         finally:
             self.metrics.seconds.labels(call).observe(time.perf_counter() - began)
+
+    def _bulk_failed(self, node: str, error: KvClientError) -> None:
+        """gRPC does instead: no call fails for it."""
+        self.metrics.failures.labels("bulk", error.code.value).inc()
+        self.warn("bulk", error.code, str(error))
 
     async def aclose(self) -> None:
         """Idempotent."""

@@ -34,6 +34,7 @@ from kvstore_codec.identity import (
     chunk_refs,
     wrap_engine_hashes,
 )  # fmt: skip
+from kvstore_codec.layerwise import join_layers, layer_part, layout_by_layers
 from kvstore_codec.layout import (
     KVLayout,
     LayerKind,
@@ -85,6 +86,9 @@ __all__ = [
     "empty",
     "encode",
     "inspect",
+    "join_layers",
+    "layer_part",
+    "layout_by_layers",
     "learn_statistics",
     "model_id_of",
     "namespace_id_of",

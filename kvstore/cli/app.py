@@ -80,12 +80,16 @@ def serve(
     listen: Annotated[
         str | None, typer.Option(help="host:port or unix:/path; several with commas; port 0: any free one.")
     ] = None,
+    bulk_listen: Annotated[
+        str | None, typer.Option(help="Where objects move over bare sockets: auto, none, or addresses as --listen.")
+    ] = None,
     node_id: Annotated[str | None, typer.Option(help="Name of this node (default: the host's).")] = None,
     host_capacity: Annotated[str | None, typer.Option(help='RAM for objects, such as "4GiB".')] = None,
     huge_pages: Annotated[bool | None, typer.Option(help="Keep objects in pages of 2 MiB.")] = None,
     disk_path: Annotated[Path | None, typer.Option(help="Directory of the disk tier (default: none).")] = None,
     disk_capacity: Annotated[str | None, typer.Option(help='Disk for objects, such as "100GiB".')] = None,
     disk_write: Annotated[str | None, typer.Option(help="behind, through or demote: when objects go to disk.")] = None,
+    disk_admission: Annotated[str | None, typer.Option(help="all or second-use: which objects go to disk.")] = None,
     eviction_policy: Annotated[str | None, typer.Option(help="Which objects go first.")] = None,
     degrade_floor: Annotated[
         str | None, typer.Option(help="none, high, medium or low: how far cold objects shrink before any is evicted.")
@@ -123,9 +127,10 @@ def serve(
     from kvstore.cli.serve import serve_node
 
     flags = {
-        "listen": listen, "node_id": node_id, "host_capacity": host_capacity, "huge_pages": huge_pages,
+        "listen": listen, "bulk_listen": bulk_listen, "node_id": node_id,
+        "host_capacity": host_capacity, "huge_pages": huge_pages,
         "disk_path": disk_path, "disk_capacity": disk_capacity, "disk_write": disk_write,
-        "eviction_policy": eviction_policy, "degrade_floor": degrade_floor,
+        "disk_admission": disk_admission, "eviction_policy": eviction_policy, "degrade_floor": degrade_floor,
         "soft_pin_share": soft_pin_share, "hard_pin_share": hard_pin_share,
         "object_bytes_max": object_bytes_max, "staged_bytes_max": staged_bytes_max,
         "stream_idle_s": stream_idle_s, "lease_ms_max": lease_ms_max, "shutdown_grace_s": shutdown_grace_s,

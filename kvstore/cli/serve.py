@@ -17,11 +17,13 @@ from pathlib import Path
 from kvstore.cli.logs import start_logging
 from kvstore.config import load_config
 from kvstore.errors import ConfigError, ListenError
+from kvstore.memory import share_arenas
 from kvstore.service.server import Ready, run
 
 
 def serve_node(config_path: Path | None, flags: Mapping[str, object], *, sidecar: bool = False) -> None:
     """Runs until SIGTERM or SIGINT. Raises ConfigError, ListenError and what opening the node raises."""
+    share_arenas()
     defaults = {"listen": sidecar_address(os.environ)} if sidecar else {}
     config = load_config(config_path, flags, os.environ, defaults)
     if sidecar and config.upstream is None:

@@ -9,10 +9,10 @@ import kvstore_codec as codec
 from kvstore.engine.holdings import Holdings
 from kvstore.engine.model import Offer, Outcome, Result
 from kvstore.engine.outside import Outside, PutObject
-from kvstore.engine.stage import Stage
+from kvstore.engine.stage import Stage, Staged, bytes_of
 from kvstore.index.entry import Described, ObjectKey, Retention
-from kvstore.index.held import Entry
 from kvstore.metrics import NodeMetrics
+from kvstore.tiers.host import Reserved
 from kvstore_codec import KVLayout, ObjectHeader
 
 Settled = tuple[Outcome, str]
@@ -28,8 +28,7 @@ class Commit:
         self._stage, self._holdings, self._metrics, self._remember = stage, holdings, metrics, remember
         self._outside = outside
         self._durable, self._retention = durable, retention
-        self._keys = [ObjectKey(stage.layout.namespace_id, offer.hash, stage.part) for offer in stage.offers]
-        self._chain = frozenset(self._keys)
+        self._keys = stage.keys
         self._sent: list[asyncio.Future[bool]] = []  # elsewhere, to be waited for
 
     async def run(self) -> list[Result]:
@@ -64,27 +63,32 @@ class Commit:
         if verdict == "have":
             held = self._holdings.index.get(key)
             if held is not None and held.at_least(offer.quality):
+                self._holdings.used_again(held, self._stage.may_go)
                 return "have", ""
             return "rejected", "evicted since the offer: put it again"
-        data = self._stage.take(index)
-        if data is None:
+        staged = self._stage.take(index)
+        if staged is None:
             return "rejected", "incomplete: pieces are missing"
+        data = bytes_of(staged)
         try:
             header = await self._holdings.in_thread(lambda: _checked(data, self._stage, offer))
+            self._remember(self._stage.layout)
+            settled = await self._store(key, Described.of(header, offer.parent), staged)
         except codec.ObjectError as error:
             self._metrics.integrity_failures.labels("put", error.code.value).inc()
             self._metrics.warn_once("put damage", "a put sent a bad object: %s", error)
-            return "rejected", str(error)
-        self._remember(self._stage.layout)
-        settled = await self._store(key, Described.of(header, offer.parent), data)
+            settled = "rejected", str(error)
+        finally:
+            if isinstance(staged, Reserved) and not staged.adopted:
+                self._holdings.host.release(staged)
         if settled[0] == "stored":
             stage = self._stage
             put = PutObject(stage.layout, key, offer.parent, stage.first_chunk, header.quality, data)
             self._sent += self._outside.write(put)
         return settled
 
-    async def _store(self, key: ObjectKey, described: Described, data: bytearray) -> Settled:
-        holdings, queue = self._holdings, self._holdings.queue
+    async def _store(self, key: ObjectKey, described: Described, data: Staged) -> Settled:
+        holdings, queue, may_go = self._holdings, self._holdings.queue, self._stage.may_go
         while True:
             if queue is not None:
                 await queue.wait_for_room_in_queue()
@@ -95,13 +99,13 @@ class Commit:
             held = holdings.index.get(key)
             if held is not None and held.at_least(described.quality):
                 return "have", ""  # another put was quicker
-            in_host = holdings.room.in_host(key, len(data), self._may_go)
+            in_host = isinstance(data, Reserved) or holdings.room.in_host(key, len(data), may_go)
             # Memory may be full of what is not on disk yet: that becomes evictable one write at a time.
             worth_waiting = not in_host and queue is not None and len(data) <= holdings.host.capacity_bytes
             if not worth_waiting or queue is None or not await queue.wait_for_one():
                 break
         in_host, written = holdings.place(
-            key, described, data, self._may_go, in_host=in_host, retention=self._retention, durable=self._durable
+            key, described, data, may_go, in_host=in_host, retention=self._retention, durable=self._durable
         )
         if in_host:
             return "stored", ""
@@ -114,7 +118,7 @@ class Commit:
     async def _persisted(self, key: ObjectKey) -> None:
         entry = self._holdings.index.get(key)
         if entry is not None and not self._is_durable(key):
-            written = self._holdings.persist(entry, self._may_go)
+            written = self._holdings.persist(entry, self._stage.may_go)
             if written is not None:
                 await asyncio.shield(written)
 
@@ -122,12 +126,8 @@ class Commit:
         entry = self._holdings.index.get(key)
         return entry is not None and entry.layers_in("disk") == entry.layers
 
-    def _may_go(self, entry: Entry) -> bool:
-        """A put does not make room for its later chunks at the cost of its first: they would be dead weight."""
-        return entry.key not in self._chain
 
-
-def _checked(data: bytearray, stage: Stage, offer: Offer) -> ObjectHeader:
+def _checked(data: memoryview, stage: Stage, offer: Offer) -> ObjectHeader:
     """The header of an object that is all it was offered as. Raises codec.ObjectError."""
     info = codec.verify(data)
     codec.check_header(info.header, stage.layout, chunk_hash=offer.hash, part=stage.part)

@@ -15,6 +15,7 @@ import kvstore_codec as codec
 from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
 from kvstore.engine.outside import FoundObject
 from kvstore.engine.room import Room
+from kvstore.engine.stage import Staged, bytes_of
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey, Retention
 from kvstore.index.held import Entry
@@ -26,7 +27,8 @@ from kvstore.memory import return_memory, without_collecting
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, Tier
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.disk_admission import RejectFirst
+from kvstore.tiers.host import HostTier, Reserved
 from kvstore_codec import Quality
 
 READ_THREADS = 4
@@ -42,7 +44,8 @@ class Holdings:
 
     def __init__(
         self, host: HostTier, disk: DiskTier | None, metrics: NodeMetrics, clock: Callable[[], float], *,
-        policy: NewPolicy, floor: Quality | None, disk_write: DiskWrite, soft_pin_share: float, hard_pin_share: float,
+        policy: NewPolicy, floor: Quality | None, disk_write: DiskWrite, admission: RejectFirst | None,
+        soft_pin_share: float, hard_pin_share: float,
     ) -> None:  # fmt: skip
         self.host, self.disk = host, disk
         capacity = max(tier.capacity_bytes for tier in self.tiers)
@@ -51,7 +54,8 @@ class Holdings:
             ("host", "disk"), policy, floor=floor, is_held=lambda row: self.leases.holds(row), on_forget=self._forget
         )
         self.leases = Leases(self.index.columns)
-        self._metrics, self._clock, self._disk_write = metrics, clock, disk_write
+        self._metrics, self._clock = metrics, clock
+        self._disk_write, self._admission = disk_write, admission
         if disk is not None:
             self._load(disk)
         self.queue = DiskQueue(disk, self.index, metrics, clock) if disk is not None else None
@@ -107,19 +111,21 @@ class Holdings:
             self.room.drop(entry, tier)
 
     def place(
-        self, key: ObjectKey, described: Described, data: Bytes, may_go: MayGo, *, in_host: bool,
+        self, key: ObjectKey, described: Described, staged: Staged, may_go: MayGo, *, in_host: bool,
         retention: Retention | None = None, durable: bool = False,
     ) -> tuple[bool, asyncio.Future[bool] | None]:  # fmt: skip
-        """Stores a whole object in memory (`in_host`: there is room) and, as configured or `durable`, queues its write
-        to disk.
+        """Stores a whole object in memory (`in_host`: there is room, or it is there) and, as configured or `durable`,
+        queues its write to disk.
 
         A worse version makes way, unless it is leased or pinned and there is no room in memory: it would be gone until
         the better one is on disk. The result is whether it is in memory, and what tells when and whether it is on
         disk: None where there is no disk or no room on it. Nothing of this key is being written."""
+        data: Bytes = bytes_of(staged)
         # On disk a replacement stands beside what it replaces for a moment: that may go first.
-        wants_disk = not in_host or durable or self._disk_write != "demote"
+        is_below = (held := self.index.get(key)) is not None and "disk" in held.tiers
+        wants_disk = not in_host or durable or (self._disk_write != "demote" and (is_below or self._is_admitted(key)))
         to_disk = wants_disk and self.room.on_disk(len(data), lambda entry: entry.key == key or may_go(entry))
-        in_host = in_host and self._put_in_host(key, described.parent, data)
+        in_host = in_host and self._put_in_host(key, described.parent, staged)
         worse = self.index.get(key)
         if worse is not None and not in_host and self.room.is_promised(worse):
             return False, None
@@ -140,6 +146,19 @@ class Holdings:
             return in_host, None
         return in_host, self.queue.put(key, described, described.layers, data, on_disk=on_disk, retention=retention)
 
+    def allocate(self, key: ObjectKey, length: int, may_go: MayGo) -> Staged:
+        """Memory's own room for an object that is about to arrive, where there is some or some can be made; else a
+        buffer."""
+        reserved = None
+        # What has to be written to disk before it goes makes no room now: the commit waits for that.
+        demotes = self._disk_write == "demote"
+        if self.host.room_for(length) if demotes else self.room.in_host(key, length, may_go):
+            try:
+                reserved = self.host.reserve(length)
+            except TierFailed as error:
+                self._count_host_failure(error)
+        return bytearray(length) if reserved is None else reserved
+
     def persist(self, entry: Entry, may_go: MayGo = anything) -> asyncio.Future[bool] | None:
         """Queues the write of an object that memory alone holds; None where that cannot be."""
         if self.queue is None:
@@ -152,6 +171,14 @@ class Holdings:
         if data is None or not self.room.on_disk(length, may_go):
             return None
         return self.queue.put(key, entry.described, entry.layers_in("host"), data, on_disk=entry.length_in("disk"))
+
+    def used_again(self, entry: Entry, may_go: MayGo = anything) -> None:
+        """Writes what was not admitted to the disk when it was put, and is worth it by now."""
+        behind = self.queue is not None and self._disk_write == "behind"
+        if self._admission is None or not behind or entry.tiers != ("host",) or self.room.is_writing(entry.key):
+            return
+        if self._is_admitted(entry.key):
+            self.persist(entry, may_go)
 
     def take_in(self, key: ObjectKey, found: FoundObject) -> None:
         """Keeps in memory what was read elsewhere, where that costs nothing that was used since."""
@@ -196,7 +223,9 @@ class Holdings:
                 continue
             if data is not None:
                 self._metrics.count_read(tier, described.quality_of(layers), length)
-                if tier != "host" and entry.held and length == entry.length:
+                if tier == "host":
+                    self.used_again(entry)
+                elif entry.held and length == entry.length:
                     self._promote(entry, data)
                 return data
             if not entry.held:
@@ -215,19 +244,34 @@ class Holdings:
         elif (entry := self.index.get(key)) is not None:
             self.index.drop(entry, "host")
 
-    def _put_in_host(self, key: ObjectKey, parent: bytes, data: Bytes) -> bool:
+    def _put_in_host(self, key: ObjectKey, parent: bytes, data: Bytes | Reserved) -> bool:
         """Whether the bytes are in memory now; what was there of the object makes way. The index does not know yet."""
         try:
             self.host.delete(key)
-            self.host.put(key, parent, data)
+            if isinstance(data, Reserved):
+                self.host.adopt(key, data)
+            else:
+                self.host.put(key, parent, data)
         except (TierFull, TierFailed) as error:  # being read takes room; the machine may have less than was configured
-            self._metrics.tier_failures.labels("host", "write").inc()
-            self._metrics.warn_once(f"host write {error.code}", "%s; the object is not kept in memory", error)
+            self._count_host_failure(error)
             return False
         return True
 
+    def _count_host_failure(self, error: TierFull | TierFailed) -> None:
+        self._metrics.tier_failures.labels("host", "write").inc()
+        self._metrics.warn_once(f"host write {error.code}", "%s; the object is not kept in memory", error)
+
     def _demote(self, entry: Entry, may_go: MayGo) -> bool:
-        return self.persist(entry, may_go) is not None
+        wanted = entry.reads > 0 or self._is_admitted(entry.key)
+        return wanted and self.persist(entry, may_go) is not None
+
+    def _is_admitted(self, key: ObjectKey) -> bool:
+        """Whether what memory alone has is written to disk now that it is used, or about to go."""
+        if self._admission is None or self.queue is None:
+            return True
+        admitted = self._admission.admit(key)
+        self._metrics.admissions.labels("written" if admitted else "held_back").inc()
+        return admitted
 
     def _forget(self, row: int) -> None:
         self.leases.forget(row)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -20,6 +21,7 @@ from kvstore import __version__
 from kvstore.config import NodeConfig
 from kvstore.engine.commit import Commit
 from kvstore.engine.holdings import Holdings
+from kvstore.engine.live import LiveWrites
 from kvstore.engine.model import (
     LookupResult,
     NodeStat,
@@ -37,14 +39,15 @@ from kvstore.engine.outside import UNKNOWN, Chain, FoundObject, Outside, Place
 from kvstore.engine.pin_file import PinFile
 from kvstore.engine.prefetch import Prefetches
 from kvstore.engine.shared import open_shared
-from kvstore.engine.stage import Stage
+from kvstore.engine.stage import Stage, Staged
 from kvstore.engine.upstream_open import open_upstream
 from kvstore.errors import DiskUnusable, InvalidRequest
 from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
 from kvstore.policies.choice import POLICIES
 from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.disk_admission import RejectFirst
+from kvstore.tiers.host import HostTier, Reserved
 from kvstore_codec import KVLayout, Quality
 
 __all__ = [
@@ -72,6 +75,7 @@ class Node:
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
         self._staged_objects = self._staged_bytes = self._deletes = 0
+        self.live = LiveWrites(self._reserve_live, self._release_live, self._is_stored, metrics)
 
     @classmethod
     async def open(
@@ -209,6 +213,20 @@ class Node:
             return held, 0
         return held, len(keys) - held
 
+    @contextmanager
+    def shared_memory(self) -> Iterator[tuple[int, int]]:
+        """(descriptor, bytes) of the memory that holds objects, to be mapped by another process, which cannot write."""
+        host = self._holdings.host
+        descriptor = os.open(f"/proc/self/fd/{host.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield descriptor, host.space_bytes
+        finally:
+            os.close(descriptor)
+
+    def place_of(self, data: memoryview) -> int | None:
+        """Where in that memory something is that `read` gave, for as long as somebody holds it; None: elsewhere."""
+        return self._holdings.host.place_of(data)
+
     def offer(
         self, namespace_id: bytes, layout_bytes: bytes, part: int, objects: Sequence[Offer], first_chunk: bytes = b""
     ) -> Stage:
@@ -230,7 +248,7 @@ class Node:
             else:
                 verdicts.append("send")
                 staged += offered.object_bytes
-        stage = Stage(layout, part, objects, verdicts, self._release, first_chunk)
+        stage = Stage(layout, part, objects, verdicts, self._allocate, self._release, first_chunk)
         self._staged_objects += stage.reserved_objects
         self._staged_bytes += stage.reserved_bytes
         return stage
@@ -250,9 +268,9 @@ class Node:
                 retention=retention,
             ).run()  # fmt: skip
         index = self._holdings.index
-        chain = [ObjectKey(stage.layout.namespace_id, offer.hash, stage.part) for offer in stage.offers]
-        rows = [row for row in map(index.row_of, chain) if row is not None]
+        rows = [row for row in map(index.row_of, stage.keys) if row is not None]
         index.touch(np.array(rows, np.int64), self._clock())
+        self.live.wake()
         return results
 
     def abort(self, stage: Stage) -> None:
@@ -307,7 +325,9 @@ class Node:
     def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
         holdings = self._holdings
         return {
-            "staged_bytes": ("Bytes reserved by puts in flight.", lambda: self._staged_bytes),
+            "staged_bytes": ("Bytes reserved by puts and live writes in flight.", lambda: self._staged_bytes),
+            "live_writers": ("Live writes that are open.", lambda: len(self.live)),
+            "live_held_bytes": ("Of the staged bytes, those of live writes.", lambda: self.live.held_bytes),
             "disk_queue_bytes": (
                 "Bytes on their way to disk.", lambda: holdings.queue.pending_bytes if holdings.queue else 0
             ),
@@ -329,9 +349,31 @@ class Node:
         capacity = max(tier.capacity_bytes for tier in self._holdings.tiers)
         return min(self._config.object_bytes_max, codec.object_bytes_max(raw_bytes), capacity)
 
-    def _release(self, objects: int, size: int) -> None:
-        self._staged_objects -= objects
+    def _allocate(self, stage: Stage, index: int) -> Staged:
+        return self._holdings.allocate(stage.keys[index], stage.offers[index].object_bytes, stage.may_go)
+
+    def _release(self, stage: Stage, unused: Sequence[Staged]) -> None:
+        self._staged_objects -= stage.reserved_objects
+        self._staged_bytes -= stage.reserved_bytes
+        for staged in unused:
+            if isinstance(staged, Reserved):
+                self._holdings.host.release(staged)
+
+    def _reserve_live(self, size: int) -> bool:
+        """Whether there is room in flight for so many bytes more of live writes, which are then taken: half of it stays
+        for puts, those at the end of the same writes among them."""
+        room = self._config.staged_bytes_max
+        if self.live.held_bytes + size > room // 2 or self._staged_bytes + size > room:
+            return False
+        self._staged_bytes += size
+        return True
+
+    def _release_live(self, size: int) -> None:
         self._staged_bytes -= size
+
+    def _is_stored(self, key: ObjectKey, floor: Quality) -> bool:
+        entry = self._holdings.index.get(key)
+        return entry is not None and entry.at_least(floor) and entry.described.provenance <= floor
 
     def _remember(self, layout: KVLayout) -> None:
         """Keeps a layout; on disk in order before the objects that follow."""
@@ -368,7 +410,8 @@ def _open_tiers(
     def holdings(host: HostTier, disk: DiskTier | None) -> Holdings:
         return Holdings(
             host, disk, metrics, clock, policy=POLICIES[config.eviction_policy], floor=floor,
-            disk_write=config.disk_write, soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
+            disk_write=config.disk_write, admission=RejectFirst() if config.disk_admission == "second-use" else None,
+            soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
         )  # fmt: skip
 
     host = HostTier(config.host_capacity, config.huge_pages)

@@ -22,7 +22,7 @@ from kvstore.metrics import NodeMetrics
 from kvstore.tiers.circuit import Circuit, State
 from kvstore_client.connection import Connections, Node, failures, understood, worth_another_node
 from kvstore_client.errors import DeadlineExceeded, KvClientError, ProtocolViolation
-from kvstore_client.put_stream import PutStream, put_stream
+from kvstore_client.transports.put_stream import PutStream, put_stream
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
@@ -137,6 +137,7 @@ class GrpcPeer:
             results = (await _within(WRITE_PATIENCE_S, stream.answer("results"), node)).results.results
             outcomes = [_OUTCOMES.get(result.outcome, "") for result in results]
             _check(node, len(outcomes) == len(objects) and all(outcomes), "a put was answered wrongly")
+            await stream.settle()
             return outcomes
 
     async def delete(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> None:

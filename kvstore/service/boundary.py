@@ -48,6 +48,13 @@ class Boundary(Interceptor):
         """Returns when no call of ours is in flight."""
         await self._idle.wait()
 
+    def begin_elsewhere(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A request that another thread serves has begun; `end_elsewhere` follows."""
+        loop.call_soon_threadsafe(self._begin)
+
+    def end_elsewhere(self, loop: asyncio.AbstractEventLoop, method: str, status: str, seconds: float) -> None:
+        loop.call_soon_threadsafe(self._end, method, status, seconds)
+
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
@@ -78,8 +85,7 @@ class Boundary(Interceptor):
     async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
         started = self._clock()
         status = grpc.StatusCode.UNKNOWN.name
-        self._in_flight += 1
-        self._idle.clear()
+        self._begin()
         try:
             yield
             status = grpc.StatusCode.OK.name
@@ -90,10 +96,17 @@ class Boundary(Interceptor):
             status = STATUS_OF_CODE[error.code].name
             await self._answer(context, error)
         finally:
-            self._in_flight -= 1
-            if not self._in_flight:
-                self._idle.set()
-            self._seconds.labels(method, status).observe(self._clock() - started)
+            self._end(method, status, self._clock() - started)
+
+    def _begin(self) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+
+    def _end(self, method: str, status: str, seconds: float) -> None:
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+        self._seconds.labels(method, status).observe(seconds)
 
     async def _answer(self, context: Context, error: KvStoreError) -> None:
         """Sends the error; a peer that does not even read that is cut off, so that its call holds nothing."""

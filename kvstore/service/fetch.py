@@ -13,7 +13,6 @@ from typing import Any
 import grpc
 
 from kvstore.engine.node import Node
-from kvstore.index.entry import ObjectKey
 from kvstore.service import requests
 from kvstore.service.idle import IdleLimit
 from kvstore.service.streams import StreamMetrics
@@ -27,12 +26,7 @@ async def fetch(
     node: Node, request: pb.FetchRequest, context: Context, *, stream_idle_s: float, metrics: StreamMetrics
 ) -> None:
     """Raises InvalidRequest, StreamStalled (the reader took nothing for `stream_idle_s`), and the node's errors."""
-    namespace_id = requests.namespace(request.namespace_id)
-    part = requests.part(request.part)
-    quality = requests.quality(request.quality)
-    requests.lease_id(request.lease_id)
-    keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in requests.hashes(request.chunk_hashes)]
-    objects = node.read_chain(keys, quality, requests.first_chunk(request.first_chunk_hash))
+    objects = node.read_chain(*requests.fetch(request))
     upcoming = asyncio.ensure_future(anext(objects, None))
     try:
         index = 0

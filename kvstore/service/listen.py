@@ -69,7 +69,7 @@ def _bind_unix(server: grpc.aio.Server, address: str) -> str:
     path = Path(address.removeprefix("unix:"))
     if not path.parent.is_dir():
         raise ListenError(f"cannot listen on {address}: create {path.parent} or pass another --listen")
-    _clear_stale(path)
+    clear_stale(path)
     _add(server, address, f"{path.parent} must be writable")
     return address
 
@@ -84,7 +84,8 @@ def _add(server: grpc.aio.Server, address: str, otherwise: str) -> int:
     return bound
 
 
-def _clear_stale(path: Path) -> None:
+def clear_stale(path: Path) -> None:
+    """Removes a socket that a dead node left behind. Raises ListenError for anything else that is there."""
     try:
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise ListenError(f"cannot listen on unix:{path}: a file of another kind is there, pass another path")

@@ -7,6 +7,7 @@ memory that one request can ask for; the messages themselves are bounded by `fra
 from __future__ import annotations
 
 from kvstore.errors import InvalidRequest
+from kvstore.index.entry import ObjectKey
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, HASHES_MAX, OFFERED_OBJECTS_MAX, Framed
@@ -72,6 +73,14 @@ def first_chunk(value: bytes) -> bytes:
     if value and len(value) != HASH_BYTES:
         raise InvalidRequest(f"first_chunk_hash must be {HASH_BYTES} bytes", bytes=len(value))
     return value
+
+
+def fetch(request: pb.FetchRequest) -> tuple[list[ObjectKey], Quality, bytes]:
+    """The objects that a fetch names, in order, the best quality it wants of them, and the prompt's first chunk."""
+    namespace_id, of_part = namespace(request.namespace_id), part(request.part)
+    lease_id(request.lease_id)
+    keys = [ObjectKey(namespace_id, chunk_hash, of_part) for chunk_hash in hashes(request.chunk_hashes)]
+    return keys, quality(request.quality), first_chunk(request.first_chunk_hash)
 
 
 def hash_prefix(value: bytes) -> bytes:

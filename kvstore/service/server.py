@@ -18,8 +18,9 @@ import dataclasses
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -28,14 +29,20 @@ from prometheus_client import CollectorRegistry
 
 from kvstore.config import NodeConfig
 from kvstore.engine.node import Node
+from kvstore.memory import keep_out_of_collections
 from kvstore.service.admin import AdminService
 from kvstore.service.boundary import Boundary
+from kvstore.service.bulk.listener import BulkServer, addresses_beside
+from kvstore.service.bulk.service import TransferService
+from kvstore.service.bulk.tickets import Tickets
 from kvstore.service.listen import EXCLUSIVE_PORT, bind, unlink_sockets
+from kvstore.service.live import LiveService
 from kvstore.service.metrics_http import metrics_endpoint
 from kvstore.service.store import StoreService
 from kvstore.service.streams import StreamMetrics
-from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, store_pb2
+from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, live_pb2, store_pb2, transfer_pb2, transfer_pb2_grpc
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, add_framed_store_servicer
+from kvstore_proto.v1.live_framing import add_framed_live_servicer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +50,12 @@ RPCS_MAX = 1024  # served at once; more are answered RESOURCE_EXHAUSTED
 LAST_ANSWERS_S = 0.5  # a call is done here a moment before its answer has left
 SERVICES = tuple(
     pool.services_by_name[name].full_name
-    for pool, name in ((store_pb2.DESCRIPTOR, "Store"), (admin_pb2.DESCRIPTOR, "Admin"))
+    for pool, name in (
+        (store_pb2.DESCRIPTOR, "Store"),
+        (live_pb2.DESCRIPTOR, "Live"),
+        (transfer_pb2.DESCRIPTOR, "Transfer"),
+        (admin_pb2.DESCRIPTOR, "Admin"),
+    )
 )
 SERVER_OPTIONS = [
     *CHANNEL_OPTIONS,
@@ -84,27 +96,45 @@ async def _serve(
 ) -> None:  # fmt: skip
     boundary = Boundary(registry)
     server = grpc.aio.server(interceptors=[boundary], options=SERVER_OPTIONS, maximum_concurrent_rpcs=RPCS_MAX)
-    store = StoreService(node, stream_idle_s=config.stream_idle_s, metrics=StreamMetrics(registry))
-    add_framed_store_servicer(store, server)
+    streams = StreamMetrics(registry)
+    add_framed_store_servicer(StoreService(node, stream_idle_s=config.stream_idle_s, metrics=streams), server)
+    add_framed_live_servicer(LiveService(node, stream_idle_s=config.stream_idle_s, metrics=streams), server)
     admin_pb2_grpc.add_AdminServicer_to_server(AdminService(node), server)  # type: ignore[no-untyped-call]
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     addresses = bind(server, config.listen_addresses)
+    tickets = Tickets(time.monotonic)
     try:
-        await server.start()
-        for service in ("", *SERVICES):
-            await health_service.set(service, health_pb2.HealthCheckResponse.SERVING)
-        ready = Ready(addresses, metrics_url, config.node_name, os.getpid(), node.stat().objects)
-        log.info("ready on %s, %d objects", ", ".join(addresses), ready.objects)
-        on_ready(ready)
-        received = await signals.get()
-        log.info("%s: finishing calls in flight, at most %g s", received.name, config.shutdown_grace_s)
-        await health_service.enter_graceful_shutdown()
-        await _drain(server, boundary, signals, config.shutdown_grace_s)
+        bulk = BulkServer(
+            node, _bulk_addresses(config, addresses), tickets, boundary, streams, registry,
+            stream_idle_s=config.stream_idle_s, hold_ms_max=config.lease_ms_max,
+        )  # fmt: skip
+        with closing(bulk):
+            transfer_pb2_grpc.add_TransferServicer_to_server(  # type: ignore[no-untyped-call]
+                TransferService(tickets, bulk.addresses), server
+            )
+            await server.start()
+            for service in ("", *SERVICES):
+                await health_service.set(service, health_pb2.HealthCheckResponse.SERVING)
+            ready = Ready(addresses, metrics_url, config.node_name, os.getpid(), node.stat().objects)
+            keep_out_of_collections()
+            log.info("ready on %s, %d objects", ", ".join(addresses), ready.objects)
+            on_ready(ready)
+            received = await signals.get()
+            log.info("%s: finishing calls in flight, at most %g s", received.name, config.shutdown_grace_s)
+            await health_service.enter_graceful_shutdown()
+            node.live.stop_waiting()
+            await _drain(server, boundary, signals, config.shutdown_grace_s)
     finally:
         await server.stop(None)
         unlink_sockets(addresses)
+
+
+def _bulk_addresses(config: NodeConfig, listen: Sequence[str]) -> Sequence[str]:
+    if config.bulk_listen == "none":
+        return ()
+    return addresses_beside(listen) if config.bulk_listen == "auto" else config.bulk_listen.split(",")
 
 
 async def _drain(

@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 
 class StreamMetrics:
-    """Payload bytes through Fetch and Put since start."""
+    """Payload bytes through Fetch and Put, and of live writes, since start."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         moved = Counter(
@@ -15,3 +15,8 @@ class StreamMetrics:
         )  # fmt: skip
         self.fetched_bytes = moved.labels("out")
         self.put_bytes = moved.labels("in")
+        live = Counter(
+            "kvstore_live_bytes", "Bytes of live writes, received (in) and handed on (out).", ("direction",),
+            registry=registry,
+        )  # fmt: skip
+        self.live_in, self.live_out = live.labels("in"), live.labels("out")

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from sortedcontainers import SortedList
 
-ALIGNMENT_BYTES = 64  # a cache line; also what numpy, AVX-512 and GPU copies want
+ALIGNMENT_BYTES = 512  # what disks want of memory that they read themselves; more than numpy, AVX-512 and GPUs do
 
 
 def aligned(length: int, alignment: int = ALIGNMENT_BYTES) -> int:

@@ -81,10 +81,15 @@ class Arena:
         self.fd, self._mapping = _map(self._allocator.space_bytes, huge_pages)
         self._close_fd = weakref.finalize(self, os.close, self.fd)
         self._bytes = memoryview(self._mapping)
+        self._address = _address(self._bytes)
         self._generation = 0
         self._returned: deque[weakref.ref[Exporter]] = deque()
         self._waiting: dict[int, tuple[weakref.ref[Exporter], Range]] = {}
         self._waiting_bytes = 0
+
+    @property
+    def space_bytes(self) -> int:
+        return self._allocator.space_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -122,8 +127,15 @@ class Arena:
 
     def store(self, data: Bytes) -> Block | None:
         """A copy of `data`; None where there is no place. Raises TierFailed where the system has no memory."""
+        block = self.reserve(len(data))
+        if block is not None:
+            self._bytes[block.offset : block.offset + len(data)] = data
+        return block
+
+    def reserve(self, length: int) -> Block | None:
+        """A place for `length` bytes, with whatever was there before; None and errors as of `store`."""
         self._take_back()
-        placed_bytes = _placed_bytes(len(data))
+        placed_bytes = _placed_bytes(length)
         placement = self._allocator.place(placed_bytes)
         if placement is None:
             return None
@@ -135,18 +147,20 @@ class Arena:
         except OSError as error:
             self._retract(placement, placed_bytes)
             raise TierFailed(f"no memory for the host tier: {error.strerror}", errno=error.errno) from error
-        self._bytes[placement.offset : placement.offset + len(data)] = data
-        return Block(placement.offset, len(data), placed_bytes, self._next_generation())
+        return Block(placement.offset, length, placed_bytes, self._next_generation())
 
     def view(self, block: Block, length: int) -> memoryview:
         """Its first `length` bytes, read-only and in place."""
-        self._take_back()
-        exporter = block.lent()
-        if exporter is None:
-            exporter = np.frombuffer(self._mapping, np.uint8, block.length, block.offset)
-            exporter.flags.writeable = False
-            block.exporter = weakref.ref(exporter)
-        return exporter.data[:length]
+        return self._lend(block)[:length].toreadonly()
+
+    def writable(self, block: Block) -> memoryview:
+        """All of a block that nobody reads yet."""
+        return self._lend(block)
+
+    def offset_of(self, view: memoryview) -> int | None:
+        """Where a view starts; None for one of other memory."""
+        offset = _address(view) - self._address
+        return offset if 0 <= offset < self.space_bytes else None
 
     def cut(self, block: Block, length: int) -> None:
         """Keeps the first `length` bytes. What is lent of the rest stays until views of before and since have died."""
@@ -178,6 +192,14 @@ class Arena:
         for start, end in placement.cold:
             self._mapping.madvise(mmap.MADV_REMOVE, start, end - start)
 
+    def _lend(self, block: Block) -> memoryview:
+        self._take_back()
+        exporter = block.lent()
+        if exporter is None:
+            exporter = np.frombuffer(self._mapping, np.uint8, block.length, block.offset)
+            block.exporter = weakref.ref(exporter)
+        return exporter.data
+
     def _release(self, block: Block, place: Range) -> None:
         exporter = block.lent()
         if exporter is None:
@@ -199,6 +221,11 @@ class Arena:
         return self._generation
 
 
+def _address(view: memoryview) -> int:
+    address: int = np.frombuffer(view, np.uint8).ctypes.data
+    return address
+
+
 def _placed_bytes(length: int) -> int:
     return aligned(max(length, 1))
 
@@ -207,6 +234,7 @@ def _map(space_bytes: int, huge_pages: bool) -> tuple[int, mmap.mmap]:
     fd = os.memfd_create("kvstore-host", os.MFD_CLOEXEC)
     try:
         os.ftruncate(fd, space_bytes)
+        os.fchmod(fd, 0o400)  # who it is shared with does not open it for writing by mistake
         mapping = mmap.mmap(fd, space_bytes)
         if huge_pages:
             mapping.madvise(mmap.MADV_HUGEPAGE)

@@ -245,7 +245,7 @@ class DiskTier:
 
     def _show(self, name: int, slot: int, place: int, length: int) -> None:
         """Makes an object readable; what it replaces goes."""
-        if slot >= len(self._places):
+        while slot >= len(self._places):  # by more than one where slots that failed could not be freed
             self._places.append(0)
             self._lengths.append(0)
         self._places[slot], self._lengths[slot] = place, length

@@ -1,7 +1,8 @@
 """Which objects are worth a write to the disk: those that are wanted a second time. Off by default.
 
-Flash wears out with what is written to it, and many prompts never come again. With the filter an object is written
-behind only once it has been put or read twice; until then it lives in memory alone. Durable puts pass by it.
+Flash wears out with what is written to it, and many prompts never come again. With the filter (`disk_admission =
+"second-use"`) an object is written behind only once it has been put or read twice; until then it lives in memory alone,
+and a restart loses it. Durable puts pass by it, and so does what memory has no room for.
 (The "reject first" admission policy of CacheLib: Berg et al., OSDI 2020.)
 """
 
@@ -22,7 +23,7 @@ class RejectFirst:
         self._older: set[int] = set()
 
     def admit(self, key: ObjectKey) -> bool:
-        """Called for each put and read of an object that is not on disk: whether to write it now."""
+        """Called whenever an object that is not on disk is put, read or about to leave memory: whether to write it."""
         name = fingerprint(key)
         seen = name in self._recent or name in self._older
         self._recent.add(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -12,10 +13,25 @@ from kvstore.tiers.arena import Arena, Block, Location
 from kvstore.tiers.base import Bytes, StoredObject
 
 
+class Reserved:
+    """Room in memory for an object that is still arriving; made by `HostTier.reserve`.
+
+    `view` is written by its only holder, then it is either adopted as an object or released; a view that somebody
+    holds on to keeps the room, so that a late write hits nothing else."""
+
+    __slots__ = ("adopted", "block", "view")
+
+    def __init__(self, block: Block, view: memoryview) -> None:
+        self.block, self.view, self.adopted = block, view, False
+
+    def __len__(self) -> int:
+        return self.block.length
+
+
 class HostTier:
     """Copies what it is given, and lends read-only views of it that never change, whatever happens to the object.
 
-    `used_bytes` counts each object in multiples of 64 bytes, and objects that are gone while views of them are held.
+    `used_bytes` counts each object in multiples of 512 bytes, and objects that are gone while views of them are held.
     The process takes at most a sixteenth (at least 1 MiB) more memory than `capacity_bytes`, and only as objects come.
     Every method may be called from any thread; one runs at a time. Raises ConfigError where the machine has not
     the addresses or the huge pages."""
@@ -94,6 +110,31 @@ class HostTier:
             if replaced is not None:
                 self._arena.free(replaced)
 
+    def reserve(self, length: int) -> Reserved | None:
+        """Room for an object of `length` bytes, which counts as used; None where there is none. It is given back by
+        `adopt` or `release`. Raises TierFailed."""
+        with self._lock:
+            if self.cost_bytes(length) > self.capacity_bytes - self._arena.used_bytes:
+                return None
+            block = self._arena.reserve(length)
+            return None if block is None else Reserved(block, self._arena.writable(block))
+
+    def adopt(self, key: ObjectKey, reserved: Reserved) -> None:
+        """What was written there is the object of this key from now on, as after `put`, without a copy."""
+        with self._lock:
+            replaced = self._blocks.get(key)
+            self._blocks[key] = reserved.block
+            reserved.adopted = True
+            if replaced is not None:
+                self._arena.free(replaced)
+
+    def release(self, reserved: Reserved) -> None:
+        """Gives back what is not wanted; not after `adopt`."""
+        with contextlib.suppress(BufferError):  # somebody is still at it: the room waits for them
+            reserved.view.release()
+        with self._lock:
+            self._arena.free(reserved.block)
+
     def read(self, key: ObjectKey, length: int) -> memoryview | None:
         with self._lock:
             block = self._blocks.get(key)
@@ -118,6 +159,15 @@ class HostTier:
         with self._lock:
             block = self._blocks.get(key)
             return None if block is None else Location(block.offset, block.length, block.generation)
+
+    def place_of(self, view: memoryview) -> int | None:
+        """The offset in the memory behind `fd` of a view that `read` gave; None for other memory."""
+        return self._arena.offset_of(view)
+
+    @property
+    def space_bytes(self) -> int:
+        """Of the memory behind `fd`, most of it never committed."""
+        return self._arena.space_bytes
 
     def scan(self) -> Iterator[StoredObject]:
         """Nothing: memory does not outlive the process."""

@@ -244,6 +244,27 @@ def test_an_index_that_cannot_be_read_is_one_line(
         reopen()
 
 
+def test_slots_that_failed_and_could_not_be_freed_do_not_stand_in_the_way(
+    reopen: Callable[[], DiskTier], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = reopen()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(disk_index, "_write", refuse)
+        patched.setattr(disk_index, "punch", refuse)
+        for chunk in CHUNKS[:2]:
+            tier._writing.succeed()  # as after its pause
+            with pytest.raises(TierFailed):
+                put(tier, chunk)
+    tier._writing.succeed()
+    put(tier, CHUNKS[0])
+    assert whole(tier, CHUNKS[0]) == CHUNKS[0].blob
+    assert whole(reopen(), CHUNKS[0]) == CHUNKS[0].blob
+
+
 def test_a_file_system_that_takes_little_at_a_time_is_written_to_the_end(
     reopen: Callable[[], DiskTier], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,8 +52,8 @@ class Calls:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left: int | None = None
         for owner, name in (
-            (os, "pwrite"), (os, "fdatasync"), (os, "fsync"), (os, "posix_fallocate"), (os, "ftruncate"),
-            (Path, "unlink"), (disk_segments, "punch"), (disk_index, "punch"),
+            (os, "pwrite"), (os, "pwritev"), (os, "fdatasync"), (os, "fsync"), (os, "posix_fallocate"),
+            (os, "ftruncate"), (Path, "unlink"), (disk_segments, "punch"), (disk_index, "punch"),
         ):  # fmt: skip
             monkeypatch.setattr(owner, name, self._counted(getattr(owner, name)))
 

@@ -23,7 +23,7 @@ from polling import wait_until
 from kvstore.errors import ConfigError, TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
 from kvstore.tiers import arena
-from kvstore.tiers.host import HostTier
+from kvstore.tiers.host import HostTier, Reserved
 
 MIB = 1 << 20
 KEYS = [ObjectKey(bytes(32), bytes([number]) * 32, 0) for number in range(12)]
@@ -67,6 +67,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.tier = HostTier(self.capacity)
         self.model: dict[ObjectKey, bytes] = {}
         self.views: list[tuple[memoryview, bytes]] = []
+        self.arriving: list[Reserved] = []
 
     @rule(key=st.sampled_from(KEYS), length=st.integers(1, 3 * MIB // 2), start=st.integers(0, 6 * MIB))
     def put(self, key: ObjectKey, length: int, start: int) -> None:
@@ -85,12 +86,39 @@ class AnyOrder(RuleBasedStateMachine):
         while not self.tier.room_for(length, replacing=key):
             victims = [each for each in self.model if each != key]
             if not victims:
-                assert self.tier.waiting_bytes, "with everything gone and nobody reading there is room"
+                assert self.tier.waiting_bytes or self.arriving, "with everything gone and unread there is room"
                 return
             self.delete(victims[0])
         self.delete(key)
         put(self.tier, key, content(length, start))
         self.model[key] = content(length, start)
+
+    @rule(length=st.integers(1, MIB))
+    def reserve(self, length: int) -> None:
+        room = self.tier.room_for(length)
+        reserved = self.tier.reserve(length)
+        assert (reserved is not None) == room
+        if reserved is not None:
+            self.arriving.append(reserved)
+
+    @precondition(lambda self: self.arriving)
+    @rule(key=st.sampled_from(KEYS), start=st.integers(0, 6 * MIB))
+    def adopt(self, key: ObjectKey, start: int) -> None:
+        reserved = self.arriving.pop()
+        self.model[key] = content(len(reserved), start)
+        reserved.view[:] = self.model[key]
+        self.tier.adopt(key, reserved)
+
+    @precondition(lambda self: self.arriving)
+    @rule(late=st.booleans())
+    def release(self, late: bool) -> None:
+        """`late`: a writer that has not heard of it goes on writing, which hits nobody."""
+        reserved = self.arriving.pop(0)
+        writer = memoryview(reserved.view) if late else None
+        self.tier.release(reserved)
+        if writer is not None:
+            writer[:] = content(len(writer), 5)
+            self.views.append((writer, content(len(writer), 5)))
 
     @rule(key=st.sampled_from(KEYS))
     def delete(self, key: ObjectKey) -> None:
@@ -133,7 +161,8 @@ class AnyOrder(RuleBasedStateMachine):
         for key, data in self.model.items():
             assert read(self.tier, key, len(data)) == data
             assert self.tier.read(key, len(data) + 1) is None
-        live = sum(self.tier.cost_bytes(len(data)) for data in self.model.values())
+        lengths = [len(data) for data in self.model.values()] + [len(reserved) for reserved in self.arriving]
+        live = sum(map(self.tier.cost_bytes, lengths))
         assert self.tier.used_bytes == live + self.tier.waiting_bytes <= self.capacity
         assert self.tier.objects == len(self.model)
         assert self.views or not self.tier.waiting_bytes

@@ -24,7 +24,7 @@ def faulty(name, real):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(*arguments, **keywords)
     return call
-for name in ("pwrite", "fdatasync", "preadv"):
+for name in ("pwrite", "pwritev", "fdatasync", "preadv"):
     setattr(os, name, faulty(name, getattr(os, name)))
 from kvstore.cli import main
 main()
@@ -75,7 +75,7 @@ def test_a_full_disk_leaves_objects_in_memory_and_the_node_up(tmp_path: Path, sm
         node.kill()
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
+@pytest.mark.parametrize("call", ["pwrite", "pwritev", "fdatasync"])
 def test_a_disk_that_fails_to_write_or_sync_is_read_only_until_it_works_again(tmp_path: Path, call: str) -> None:
     chunks = kv.chunks(LAYOUT, 12, seed=1)
     flags = ["--disk-path", str(tmp_path / "disk"), "--disk-capacity", "1GiB"]

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hostile_server import Answer, Context, Held, HostileServer, hang, holds_nothing
+from hostile_server import Answer, Context, Held, HostileServer, hang, holds_nothing, takes_all
 from kv_objects import small_layout
 from kv_strategies import bits, random_kv
 from node_process import NodeProcess, clean_environment
@@ -45,6 +46,7 @@ from kvstore_client import (
     ValuesError,
 )
 from kvstore_proto.v1 import store_pb2 as pb
+from kvstore_proto.v1.framing import Framed
 
 StartNode = Callable[..., NodeProcess]
 QUALITIES = [quality.label for quality in Quality]
@@ -375,6 +377,24 @@ def test_an_edited_prompt_shares_what_lies_before_the_edit(client: Client, regis
     assert (lambda put: (put.stored, put.have))(cache.put(edited, other, quality="raw")) == (2, 2)
     assert bits(cache.get(edited)[0][:, :, 2 * CHUNK :]) == bits(other[:, :, 2 * CHUNK :])
     assert bits(cache.get(tokens)[0]) == bits(kv)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_put_that_was_answered_is_not_cancelled_unless_it_does_not_end(ends: bool) -> None:
+    """What is cancelled costs both sides memory that gRPC never gives back."""
+    ended: list[bool] = []
+
+    def slow_to_end(requests: Iterator[Framed[pb.PutRequest]], context: Context) -> Iterator[Answer]:
+        yield from takes_all(requests, context)
+        cancelled = threading.Event()
+        context.add_callback(cancelled.set)
+        ended.append(cancelled.wait(0.02 if ends else DEADLINE_S))
+
+    layout = new_layout()
+    tokens, kv = prompt(layout, 3)
+    with HostileServer(lookup=holds_nothing, put=slow_to_end) as server, Client(server.address, strict=True) as client:
+        assert client.namespace(layout).put(tokens, kv).stored == 3
+        wait_until(lambda: ended == [not ends], "the call ended, or was cancelled")
 
 
 def test_a_put_from_first_token_on(client: Client) -> None:

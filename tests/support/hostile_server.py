@@ -19,7 +19,7 @@ from google.protobuf.message import Message
 from kv_strategies import random_kv
 
 import kvstore_codec as codec
-from kvstore_proto.v1 import framing
+from kvstore_proto.v1 import framing, transfer_pb2
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, DATA_BYTES_MAX, Framed
 
@@ -32,6 +32,7 @@ Lookup = Callable[[pb.LookupRequest, Context], Answer]
 Fetch = Callable[[pb.FetchRequest, Context], Iterable[Answer]]
 Put = Callable[[Iterator[Framed[pb.PutRequest]], Context], Iterable[Answer]]
 Delete = Callable[[pb.DeleteRequest, Context], Answer]
+Connect = Callable[[transfer_pb2.ConnectRequest, Context], Answer]
 Stat = Callable[[pb.StatRequest, Context], Answer]
 
 CALLS_MAX = 32  # at a time; more would wait for one that hangs
@@ -140,29 +141,37 @@ class HostileServer:
     def __init__(
         self, *, lookup: Lookup = holds_nothing, fetch: Fetch | None = None, put: Put = takes_all,
         delete: Delete = lambda request, context: pb.DeleteResponse(),
-        stat: Stat = lambda request, context: pb.StatResponse(),
+        stat: Stat = lambda request, context: pb.StatResponse(), connect: Connect | None = None,
     ) -> None:  # fmt: skip
         self.calls: list[str] = []
         self._server = grpc.server(ThreadPoolExecutor(CALLS_MAX, "hostile-server"), options=CHANNEL_OPTIONS)
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("kvstore.v1.Store", {
                 "Lookup": grpc.unary_unary_rpc_method_handler(
-                    self._counted("Lookup", lookup), pb.LookupRequest.FromString, _wire
+                    self._counted("Lookup", lookup), pb.LookupRequest.FromString, wire
                 ),
                 "Fetch": grpc.unary_stream_rpc_method_handler(
-                    self._counted("Fetch", fetch or _fetches_nothing), pb.FetchRequest.FromString, _wire
+                    self._counted("Fetch", fetch or _fetches_nothing), pb.FetchRequest.FromString, wire
                 ),
                 "Put": grpc.stream_stream_rpc_method_handler(
-                    self._counted("Put", put), framing.parse_put_request, _wire
+                    self._counted("Put", put), framing.parse_put_request, wire
                 ),
                 "Delete": grpc.unary_unary_rpc_method_handler(
-                    self._counted("Delete", delete), pb.DeleteRequest.FromString, _wire
+                    self._counted("Delete", delete), pb.DeleteRequest.FromString, wire
                 ),
                 "Stat": grpc.unary_unary_rpc_method_handler(
-                    self._counted("Stat", stat), pb.StatRequest.FromString, _wire
+                    self._counted("Stat", stat), pb.StatRequest.FromString, wire
                 ),
             }),
         ))  # fmt: skip
+        if connect is not None:
+            self._server.add_generic_rpc_handlers((
+                grpc.method_handlers_generic_handler("kvstore.v1.Transfer", {
+                    "Connect": grpc.unary_unary_rpc_method_handler(
+                        self._counted("Connect", connect), transfer_pb2.ConnectRequest.FromString, wire
+                    ),
+                }),
+            ))  # fmt: skip
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
 
     def __enter__(self) -> Self:
@@ -186,7 +195,7 @@ def _fetches_nothing(request: pb.FetchRequest, context: Context) -> Sequence[Ans
     return ()
 
 
-def _wire(answer: Answer) -> bytes:
+def wire(answer: Answer) -> bytes:
     if isinstance(answer, bytes):
         return answer
     if isinstance(answer, Framed):

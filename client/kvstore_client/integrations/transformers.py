@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from kvstore_client.errors import InvalidArgument
+from kvstore_client.errors import InvalidArgument, Unavailable
 from kvstore_codec import KVArray, KVLayout, LayerSpec, RoPE, RopeScaling
 from kvstore_codec.rope import rotation_for
 
@@ -168,6 +168,71 @@ def cache_from_kv(kv: KVArray, tokens: int | None = None, *, model_or_config: An
         _check_dtype(k, getattr(model_or_config, "dtype", None))
         cache.update(*(plane.to(device).transpose(0, 1).unsqueeze(0) for plane in (k, v)), index)
     return cache
+
+
+class WritingCache(DynamicCache):  # type: ignore[misc]  # torch is not typed here
+    """A cache for one prefill that hands each layer to a writer when the model has computed it:
+
+        with store.writer(tokens) as writer:
+            model(ids, **passed_cache(model, WritingCache(writer)), logits_to_keep=1)
+
+    `past`: a cache with the tokens before the writer's `first_token`, which goes on in this one. What is computed after
+    the prefill is not written. An accelerator's KV is copied to the host layer by layer.
+    """
+
+    def __init__(self, writer: Any, past: DynamicCache | None = None) -> None:
+        super().__init__()
+        if past is not None:
+            self.layers = past.layers
+        self._writer, self._written = writer, 0
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Raises what `Writer.write` raises."""
+        updated = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self._written:
+            if key_states.shape[0] != 1:
+                raise InvalidArgument("the model computes a batch: write one sequence at a time")
+            self._writer.write(layer_idx, *(plane[0].transpose(0, 1).cpu() for plane in (key_states, value_states)))
+            self._written += 1
+        return updated
+
+
+class FollowingCache(DynamicCache):  # type: ignore[misc]
+    """A cache whose first tokens come out of a stream, each layer when the model's first step gets to it: that step
+    computes while later layers are still being written.
+
+        cache = FollowingCache(store.stream(tokens, wait=5.0), len(tokens) - 1, device=model.device)
+        n = cache.get_seq_length()                    # 0 on a miss: an ordinary, empty cache
+        model(ids[:, n:], **passed_cache(model, cache))
+
+    At most `tokens_max` tokens are taken: a model needs at least one that is not in the cache to give logits. Making it
+    waits for the first layer. The first step raises Unavailable where the stream ends before its last layer, because
+    its writer died or was too slow; then start again, with what `Namespace.get` finds.
+    """
+
+    def __init__(self, stream: Any, tokens_max: int, *, device: Any = "cpu") -> None:
+        super().__init__()
+        self._stream, self._tokens_max, self._device = stream, tokens_max, device
+        self._loaded = 0
+        self._follows = self._load()
+
+    def update(self, key_states: Any, value_states: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """Raises Unavailable, and what a strict client's stream raises."""
+        while self._follows and self._loaded <= layer_idx:
+            if not self._load():
+                raise Unavailable("the stream ended before this layer", layer=self._loaded, reason=self._stream.reason)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _load(self) -> bool:
+        """Whether there was another layer."""
+        following = next(self._stream, None)
+        if following is None:
+            return False
+        layer, *planes = following
+        tensors = (_as_torch(plane[: self._tokens_max]).to(self._device) for plane in planes)
+        super().update(*(tensor.transpose(0, 1).unsqueeze(0) for tensor in tensors), layer)
+        self._loaded += 1
+        return True
 
 
 def _check_cache_kind(model: Any, config: Any) -> None:

@@ -305,6 +305,65 @@ async def test_a_hit_on_disk_comes_up_and_stays_below(tmp_path: Path, disk_write
         assert [tiers_of(node, chunk) for chunk in B] == [("disk",)] * 4
 
 
+def admissions(node: Node) -> dict[str, int]:
+    prefix = "disk_admissions."
+    return {name.removeprefix(prefix): n for name, n in node.stat().counters.items() if name.startswith(prefix)}
+
+
+async def test_what_is_used_once_is_not_written_to_disk(tmp_path: Path) -> None:
+    async with opened(config(tmp_path, disk_admission="second-use")) as node:
+        for prompt in (A, B, G):
+            await put(node, prompt)
+        await node._holdings.wait_for_writes()
+        assert (writes_of(node), admissions(node)) == (0, {"held_back": 12})
+
+        assert await reads(node, A) == [chunk.blob for chunk in A]  # the second use
+        assert outcomes(await put(node, B)) == ["have"] * 4
+        await node._holdings.wait_for_writes()
+        assert [tiers_of(node, chunk) for chunk in (*A, *B)] == [("host", "disk")] * 8
+        assert [tiers_of(node, chunk) for chunk in G] == [("host",)] * 4
+        assert admissions(node) == {"held_back": 12, "written": 8}
+
+        assert await reads(node, A) == [chunk.blob for chunk in A]
+        assert admissions(node) == {"held_back": 12, "written": 8}, "what is on disk is asked about no more"
+
+
+async def test_the_filter_lets_pass_what_is_durable_and_what_memory_has_no_room_for(tmp_path: Path) -> None:
+    settings = config(tmp_path, host=2 * WHOLE, disk_admission="second-use", degrade_floor="none")
+    async with opened(settings) as node:
+        assert [result.durable for result in await put(node, A, durable=True)] == [True] * 4
+        assert outcomes(await put(node, B)) == ["stored"] * 4
+        await node._holdings.wait_for_writes()
+        assert all(tiers_of(node, chunk) for chunk in B), "a put is not lost, however small the memory"
+        assert writes_of(node) > 4
+
+
+async def test_a_better_version_of_what_is_on_disk_goes_there_too(tmp_path: Path) -> None:
+    low = kv.chunks(LAYOUT, 1, seed=77, quality="low")
+    high = kv.chunks(LAYOUT, 1, seed=77, quality="high")
+    async with opened(config(tmp_path, disk_admission="second-use")) as node:
+        await put(node, low, durable=True)
+        await put(node, high)
+        await node._holdings.wait_for_writes()
+        assert tiers_of(node, high[0]) == ("host", "disk")
+        assert await read(node, high[0]) == high[0].blob
+
+
+async def test_with_demote_the_filter_keeps_from_disk_what_was_never_read(tmp_path: Path) -> None:
+    settings = config(
+        tmp_path, host=8 * PLACE, disk_write="demote", degrade_floor="none", disk_admission="second-use"
+    )  # fmt: skip
+    async with opened(settings) as node:
+        await put(node, E)
+        assert await reads(node, E) == [chunk.blob for chunk in E]
+        for prompt in (F, G, H):
+            assert outcomes(await put(node, prompt)) == ["stored"] * 4
+        await node._holdings.wait_for_writes()
+        assert [tiers_of(node, chunk) for chunk in E] == [("disk",)] * 4
+        assert writes_of(node) == 4
+        assert admissions(node)["held_back"] >= 4
+
+
 async def test_verify_does_not_call_damaged_what_goes_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,103 @@
+"""How fast objects come and are decoded: what a fetch tells the planner, and what the planner tells a fetch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from kvstore_client.planner.controller import Controller
+from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
+from kvstore_client.planner.sizes import LayerSizes
+from kvstore_client.transports.blob import Blob
+from kvstore_codec import ObjectHeader
+from kvstore_codec.layout import DTYPE_BYTES
+
+#: Longer than this share of the time between two objects in our own hands: the link may be faster than it looks.
+_HELD_UP_SHARE = 0.5
+
+
+class Timing:
+    """Of one fetch from one node, whatever asked for it; `clock` as the estimates have it."""
+
+    def __init__(
+        self, peer: PeerEstimates, decode: DecodeEstimates, sizes: LayerSizes, count_received: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.clock = clock
+        self._peer, self._decode, self._sizes, self._count_received = peer, decode, sizes, count_received
+        self._object_bytes = 0  # received since the last whole object
+        self._last = 0.0  # when that came, or was asked for
+        self._first = True  # of its request
+
+    def received(self, size_bytes: int) -> None:
+        self._count_received(size_bytes)
+        self._object_bytes += size_bytes
+
+    def decoded(self, header: ObjectHeader, size_bytes: int, seconds: float) -> None:
+        """One thread has decoded an object of so many bytes. Called in that thread."""
+        elements = header.raw_bytes // DTYPE_BYTES[header.dtype]
+        self._decode.observe(header.quality_at(size_bytes), elements, seconds, self.clock())
+        self._sizes.learn(header)
+
+    async def objects(self, objects: AsyncGenerator[Blob, None]) -> AsyncGenerator[Blob, None]:
+        """`objects`, timed; ends earlier where this fetch is not to go on."""
+        self._last, self._first, self._object_bytes = self.clock(), True, 0
+        going_on = True
+        while going_on:
+            asked = self.clock()
+            blob = await self._next(objects)
+            if blob is None:
+                return
+            now = self.clock()
+            seconds = self._seconds(now)
+            held_up = not self._first and asked - self._last > _HELD_UP_SHARE * seconds
+            self._last, self._first, self._object_bytes = now, False, 0
+            going_on = self._arrived(len(blob.data), seconds, now, held_up)
+            yield blob
+
+    def _seconds(self, now: float) -> float:
+        """How long the object on its way has been coming."""
+        seconds = now - self._last
+        if self._first:  # the request travelled meanwhile; but a latency that is an estimate never explains all of it
+            return max(seconds - self._peer.latency.expected, seconds / 2)
+        return seconds
+
+    async def _next(self, objects: AsyncGenerator[Blob, None]) -> Blob | None:
+        return await anext(objects, None)
+
+    def _arrived(self, size_bytes: int, seconds: float, now: float, held_up: bool) -> bool:
+        self._peer.link.observe(size_bytes, seconds, now, at_least=held_up)
+        return True
+
+
+class Pace(Timing):
+    """Of a get that follows the planner: a fetch ends where the controller wants something else."""
+
+    def __init__(
+        self, controller: Controller, peer: PeerEstimates, decode: DecodeEstimates, sizes: LayerSizes,
+        count_received: Callable[[int], None], clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(peer, decode, sizes, count_received, clock)
+        self._controller = controller
+
+    async def _next(self, objects: AsyncGenerator[Blob, None]) -> Blob | None:
+        """None also where the object is not worth waiting for: what is left of it never comes."""
+        coming = asyncio.ensure_future(anext(objects, None))
+        try:
+            while True:
+                await asyncio.wait([coming], timeout=max(0.0, self._controller.give_up_at - self.clock()))
+                if coming.done():
+                    return coming.result()
+                now = self.clock()
+                if now >= self._controller.give_up_at and not self._controller.late(
+                    self._object_bytes, self._seconds(now), now
+                ):
+                    return None
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait([coming])
+
+    def _arrived(self, size_bytes: int, seconds: float, now: float, held_up: bool) -> bool:
+        return self._controller.arrived(size_bytes, seconds, now, held_up=held_up)

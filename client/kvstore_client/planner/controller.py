@@ -1,0 +1,203 @@
+"""The controller: what to fetch next, thought over again whenever a chunk has come.
+
+It does no I/O. Its owner asks `step` for a request, tells it what `arrived`, and stops where it says so; slack that was
+gained or lost is in the clock, so the next choice has it. `bench/planner.py` drives the same class over made links.
+
+Never slower than recomputing, by more than SLOWER_MAX: while chunk i is on its way, recomputing from i on is always
+there to fall back on, so a chunk is given up (`give_up_at`) when waiting longer would cost that.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from kvstore_client.planner.choose import Choice, Chunk, State, choose
+from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates, Speeds, SpeedsAt, careful, expected
+from kvstore_client.planner.plan import Plan, PlannedChunk
+from kvstore_codec import Quality
+
+#: Share of the time of recomputing everything that may be lost to a link that turns out too slow.
+SLOWER_MAX = 0.04
+#: How many times its predicted duration a chunk is waited for, where the link is known and there is as much to win.
+_WAIT_FACTOR = 1.5
+#: Left of the budget: sizes are estimates, and the last chunk's surprise has nowhere to go.
+_MARGIN = 0.03
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt of `tokens` tokens whose first ones are stored in `chunks`. `recompute_s[i]`: seconds to compute the
+    prompt from chunk i on (the last: what is not stored). `ttft_s`: when all of it is wanted, from the get's begin."""
+
+    chunks: Sequence[Chunk]
+    recompute_s: Sequence[float]
+    tokens: int
+    ttft_s: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """Fetch the chunks [first, last) at no better than `quality`, in one stream."""
+
+    first: int
+    last: int
+    quality: Quality
+
+
+class Controller:
+    """Of one get from one node. `now` is the estimates' clock, in seconds; the get begins when this is made."""
+
+    def __init__(self, task: Task, peer: PeerEstimates, decode: DecodeEstimates, now: float) -> None:
+        self._task, self._peer, self._decode = task, peer, decode
+        self._began = now
+        self._state = State()
+        self._step: Step | None = None
+        self._wait_s = 0.0  # for the chunk on its way, since the begin
+        self._slow = math.inf  # bytes a second of a chunk that is late
+        self._given_up = False
+
+    @property
+    def done(self) -> int:
+        """Chunks that have arrived."""
+        return self._state.done
+
+    @property
+    def give_up_at(self) -> float:
+        """Until when to wait for the chunk on its way, on the estimates' clock; then ask `late`."""
+        return self._began + self._wait_s
+
+    def step(self, now: float) -> Step | None:
+        """The next request; None where the rest is to be recomputed, or there is no more."""
+        self._state = replace(self._state, now=now - self._began, flowing=None)
+        self._step = None if self._given_up or self.done == len(self._task.chunks) else self._next(now)
+        return self._step
+
+    def arrived(self, size_bytes: int, seconds: float, now: float, *, held_up: bool = False) -> bool:
+        """A chunk has come, `seconds` after the one before it (or after the stream's first byte was due). Whether to go
+        on with this step. `held_up`: it may have waited here, for the decoder."""
+        assert self._step is not None, "chunks come in a step"
+        self._peer.link.observe(size_bytes, seconds, now, at_least=held_up)
+        self._slow = math.inf
+        chunk, since = self._task.chunks[self.done], now - self._began
+        quality = chunk.no_better_than(self._step.quality)
+        decode_s = chunk.elements / self._decode.expected(now)[quality]
+        self._state = State(
+            self.done + 1, since, self._step.quality, max(since, self._state.decoder_free_s) + decode_s
+        )  # fmt: skip
+        if self.done == self._step.last:
+            return False
+        following = self._next(now)
+        return following is not None and following.quality is self._step.quality
+
+    def late(self, size_bytes: int, seconds: float, now: float) -> bool:
+        """The chunk on its way has not come by `give_up_at`; so many bytes of it have, in `seconds`. Whether to wait
+        for it longer, by what that tells of the link; if not, the rest is to be recomputed."""
+        assert self._step is not None, "chunks come in a step"
+        chunk = self._task.chunks[self.done]
+        # Where bytes are only seen by the message, no byte says that less than all of them came.
+        at_most = size_bytes or chunk.bytes_at[chunk.no_better_than(self._step.quality)]
+        came_s = 0.0
+        if seconds > 0:
+            self._peer.link.observe(at_most, seconds, now)
+            self._slow = min(self._slow, at_most / seconds)
+            came_s = size_bytes / self._slow
+        self._state = replace(self._state, now=now - self._began - came_s, flowing=self._step.quality)
+        following = self._next(now)
+        self._given_up = following is None or self.give_up_at <= now
+        return not self._given_up
+
+    def plan(self, now: float) -> Plan:
+        """The choice as it is now, explained."""
+        choice = self._choose(now)
+        return explained(self._task, choice, self._peer, self._decode, now, probe=not self._peer.link.known(now))
+
+    def _next(self, now: float) -> Step | None:
+        """The request that is best now, with `_wait_s` for its first chunk; None where recomputing is, or where that
+        chunk will not come while it is waited for."""
+        task, state = self._task, self._state
+        speeds, fallback_s = self._speeds(careful, now), task.recompute_s[self.done]
+        choice = self._choose(now)
+        wait_s = (1 + SLOWER_MAX) * task.recompute_s[0] - fallback_s  # the rule, whatever happens
+        if not self._peer.link.known(now):
+            # The coarsest quality, so as to know the link soonest. Where that was too cautious, the next step is finer.
+            step = Step(self.done, len(task.chunks), next(iter(task.chunks[self.done].bytes_at)))
+            soonest_s = state.now + speeds.latency_s
+        elif choice.qualities:
+            step = Step(self.done, self.done + len(choice.qualities), choice.qualities[0])
+            size = task.chunks[self.done].bytes_at[step.quality]
+            takes_s = size / speeds.bytes_per_s + (speeds.latency_s if step.quality is not state.flowing else 0.0)
+            to_win_s = state.now + fallback_s - choice.finish_s
+            bet_s = state.now + min(_WAIT_FACTOR * takes_s, max(0.0, to_win_s))
+            in_time_s = task.ttft_s - fallback_s
+            wait_s = max(wait_s, bet_s)
+            if in_time_s >= state.now + _WAIT_FACTOR * takes_s:
+                wait_s = min(wait_s, in_time_s)
+            soonest_s = state.now + takes_s
+        else:
+            return None
+        self._wait_s = wait_s
+        return step if soonest_s < wait_s else None
+
+    def _choose(self, now: float) -> Choice:
+        task = self._task
+        return choose(
+            task.chunks, task.recompute_s, self._state, self._speeds(careful, now), self._speeds(expected, now),
+            (1 - _MARGIN) * min(task.ttft_s, task.recompute_s[0]),
+        )  # fmt: skip
+
+    def _speeds(self, at: SpeedsAt, now: float) -> Speeds:
+        """As estimated; no faster than the chunk on its way, once that is late."""
+        speeds = at(self._peer, self._decode, now)
+        return replace(speeds, bytes_per_s=min(speeds.bytes_per_s, self._slow))
+
+
+def explained(
+    task: Task, choice: Choice, peer: PeerEstimates, decode: DecodeEstimates, now: float, *, probe: bool
+) -> Plan:  # fmt: skip
+    """A choice that was made at the begin of a get, with its predicted times and its reason."""
+    speeds = careful(peer, decode, now)
+    chunks = []
+    engine_s = choice.ready_s[-1] if choice.ready_s else 0.0
+    for index, chunk in enumerate(task.chunks):
+        fetched = index < len(choice.qualities)
+        quality = choice.qualities[index] if fetched else next(iter(chunk.bytes_at))
+        compute_s = task.recompute_s[index] - task.recompute_s[index + 1]
+        engine_s += 0.0 if fetched else compute_s
+        size = chunk.bytes_at[quality]
+        chunks.append(
+            PlannedChunk(
+                chunk.first_token, chunk.tokens, quality if fetched else None, size, size / speeds.bytes_per_s,
+                chunk.elements / speeds.decode[quality], compute_s, choice.ready_s[index] if fetched else engine_s,
+            )
+        )  # fmt: skip
+    plan = Plan(
+        tuple(chunks), choice.finish_s, task.ttft_s, task.recompute_s[0], task.tokens, speeds, probe, reason=""
+    )  # fmt: skip
+    return replace(plan, reason=_reason(plan))
+
+
+def _reason(plan: Plan) -> str:
+    """One sentence."""
+    guess = "; the peer has not been measured, its first chunk will tell" if plan.probe else ""
+    if not plan.chunks:
+        return "recompute: nothing of the prompt is stored"
+    if not plan.fetched_tokens:
+        return f"recompute: that is not slower than fetching at the coarsest quality{guess}"
+    what = f"fetch {plan.fetched_tokens} of {plan.stored_tokens} stored tokens at {_mix(plan)}"
+    if plan.fetched_tokens < plan.stored_tokens:
+        what += ", recompute the rest"
+    if not plan.meets_goal:
+        return f"{what}: nothing is expected to meet the deadline, and this is the fastest{guess}"
+    return f"{what}: the finest that keeps the deadline and is not slower than recomputing{guess}"
+
+
+def _mix(plan: Plan) -> str:
+    tokens: dict[Quality, int] = {}
+    for chunk in plan.chunks:
+        if chunk.quality is not None:
+            tokens[chunk.quality] = tokens.get(chunk.quality, 0) + chunk.tokens
+    if len(tokens) == 1:
+        return next(iter(tokens)).label
+    return " and ".join(f"{quality.label} ({count})" for quality, count in tokens.items())

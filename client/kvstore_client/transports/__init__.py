@@ -1,0 +1,1 @@
+"""Ways for objects between a client and a node: a gRPC stream, a bare socket, the node's own memory."""

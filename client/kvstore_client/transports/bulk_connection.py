@@ -1,0 +1,210 @@
+"""One bulk connection to a node, as the thread that drives it sees it: blocking calls, each with a deadline."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kvstore_client.deadline import Deadline
+from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, Unavailable, from_status
+from kvstore_client.transports.blob import Blob, Buffers
+from kvstore_client.transports.wanted import Wanted
+from kvstore_proto.v1 import store_pb2, transfer_pb2
+from kvstore_proto.v1.bulk import BadFrame, Kind, hello
+from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
+
+ABSTRACT = "unix-abstract:"
+#: Beyond a call's deadline, so that a slow clock does not take a place from who still reads it.
+HOLD_MARGIN_MS = 1_000
+_STATUS = {status.value[0]: status for status in grpc.StatusCode}
+
+
+class Memory(NamedTuple):
+    """A node's memory, mapped to be read. `identity`: of the file behind it."""
+
+    identity: tuple[int, int]
+    view: memoryview
+
+
+class BulkConnection:
+    """`node`: its name in errors. Only `shutdown` may be called while another call runs.
+
+    Every call raises Unavailable (it ended), DeadlineExceeded, ProtocolViolation, or what the node answered; after any
+    of them the connection is good for nothing."""
+
+    def __init__(self, node: str, address: str, ticket: bytes, deadline: Deadline) -> None:
+        self.node = node
+        self.memory: Memory | None = None
+        try:
+            self._socket = BulkSocket(_connected(address, deadline.remaining()), deadline.remaining())
+        except OSError as error:
+            raise Unavailable("the node's bulk path cannot be reached", node=node, details=str(error)) from None
+        try:
+            with self._failures(deadline):
+                # The hello carries its own header.
+                self._socket.send_bytes(hello(ticket))
+                self._socket.receive(Kind.WELCOME)
+        except BaseException:
+            self.close()
+            raise
+
+    def share_memory(self, known: Memory | None, deadline: Deadline) -> None:
+        """Lets the node say where objects are instead of sending them; for unix sockets. `known`: an earlier mapping,
+        used again where it is of the same memory."""
+        with self._failures(deadline):
+            self._socket.send(Kind.MAP, 0)
+            payload, descriptor = self._socket.receive_descriptor(Kind.MAPPED)
+            try:
+                size = transfer_pb2.SharedMemory.FromString(payload).bytes
+                found = os.fstat(descriptor)
+                identity = found.st_dev, found.st_ino
+                if known is None or known.identity != identity or len(known.view) != size:
+                    if not 0 < size <= found.st_size:
+                        raise BadFrame("the memory is not as large as it is said to be")
+                    known = Memory(identity, memoryview(mmap.mmap(descriptor, size, mmap.MAP_SHARED, mmap.PROT_READ)))
+                self.memory = known
+            except (OSError, ValueError) as error:
+                raise BadFrame(f"the node's memory cannot be mapped: {error}") from None
+            finally:
+                os.close(descriptor)
+
+    def fetch(
+        self, wanted: Wanted, lease_id: bytes, deadline: Deadline, buffers: Buffers, ahead: threading.Semaphore,
+        hand_over: Callable[[Blob], None], count_received: Callable[[int], None],
+    ) -> bool:  # fmt: skip
+        """Hands over whole objects in the order of `wanted.chunks`, possibly fewer, each as soon as it is here; one of
+        `ahead` is taken for each that is received and given back when it is done with.
+
+        Whether some are in the node's memory: then `release` tells if what was read of it is good."""
+        request = transfer_pb2.BulkFetch(
+            request=wanted.request(lease_id), places=self.memory is not None,
+            hold_ms=int(deadline.remaining() * 1000) + HOLD_MARGIN_MS,
+        )  # fmt: skip
+        in_place = False
+        with self._failures(deadline):
+            self._socket.send(Kind.FETCH, 0, request.SerializeToString())
+            for index in range(len(wanted.chunks) + 1):
+                self._socket.limit(deadline.remaining())
+                found = self._socket.receive(Kind.OBJECT, Kind.PLACE, Kind.END)
+                if found.kind is Kind.END:
+                    self._check_end(self._socket.payload(found))
+                    return in_place
+                if index == len(wanted.chunks) or found.index != index:
+                    raise BadFrame(f"object {found.index} came out of place")
+                largest = wanted.chunks[index].stored_bytes
+                if found.kind is Kind.PLACE:
+                    blob = self._in_place(self._socket.payload(found), largest)
+                    count_received(len(blob.data))
+                    hand_over(blob)
+                    in_place = True
+                    continue
+                if not 0 < found.length <= largest:
+                    raise BadFrame(f"an object of {found.length} bytes was declared to have {largest}")
+                if not ahead.acquire(timeout=deadline.remaining()):
+                    raise NoProgress
+                buffer, view = buffers.take(found.length)
+                self._socket.receive_into(view, after=count_received, until=deadline.remaining)
+                hand_over(Blob(view, partial(_done, buffers, buffer, ahead)))
+        raise AssertionError("the last frame is an END")
+
+    def release(self, deadline: Deadline) -> None:
+        """After a fetch with places: they are not needed any more. When this returns, all of them were good until
+        now."""
+        with self._failures(deadline):
+            self._socket.send(Kind.RELEASE, 0)
+            self._socket.receive(Kind.RELEASED)
+
+    def offer(self, offer: store_pb2.PutOffer, deadline: Deadline) -> store_pb2.PutResponse:
+        with self._failures(deadline):
+            self._socket.send(Kind.OFFER, 0, store_pb2.PutRequest(offer=offer).SerializeToString())
+            return self._answer(Kind.VERDICTS)
+
+    def send(
+        self, objects: Sequence[tuple[int, bytes]], deadline: Deadline, count_sent: Callable[[int], None]
+    ) -> None:  # fmt: skip
+        """(index in the offer, the object) of each that is wanted, in the order of the offer."""
+        with self._failures(deadline):
+            for index, blob in objects:
+                if deadline.remaining() <= 0:
+                    raise NoProgress
+                self._socket.limit(deadline.remaining())
+                self._socket.send(Kind.OBJECT, index, memoryview(blob))
+                count_sent(len(blob))
+
+    def commit(self, deadline: Deadline) -> store_pb2.PutResponse:
+        with self._failures(deadline):
+            self._socket.send(Kind.COMMIT, 0)
+            return self._answer(Kind.RESULTS)
+
+    def shutdown(self) -> None:
+        """From any thread: the call under way ends, as Unavailable."""
+        self._socket.shutdown()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _in_place(self, payload: bytes, largest: int) -> Blob:
+        place = transfer_pb2.Place.FromString(payload)
+        if self.memory is None or not 0 < place.object_bytes <= largest:
+            raise BadFrame(f"a place of {place.object_bytes} bytes was declared to have {largest}")
+        if place.offset + place.object_bytes > len(self.memory.view):
+            raise BadFrame("a place lies outside the node's memory")
+        return Blob(self.memory.view[place.offset : place.offset + place.object_bytes], in_place=True)
+
+    def _answer(self, expected: Kind) -> store_pb2.PutResponse:
+        found = self._socket.receive(expected, Kind.END)
+        payload = self._socket.payload(found)
+        if found.kind is Kind.END:
+            self._check_end(payload)
+            raise BadFrame("a put ended before it was answered")
+        return store_pb2.PutResponse.FromString(payload)
+
+    def _check_end(self, payload: bytes) -> None:
+        ended = transfer_pb2.Ended.FromString(payload)
+        if ended.status:
+            raise from_status(_STATUS.get(ended.status, grpc.StatusCode.UNKNOWN), ended.details, self.node)
+
+    @contextmanager
+    def _failures(self, deadline: Deadline) -> Iterator[None]:
+        self._socket.limit(deadline.remaining())
+        try:
+            yield
+        except ConnectionEnded as error:
+            if deadline.remaining() <= 0:  # it was shut down for that
+                raise DeadlineExceeded("the node did not answer in time", node=self.node) from None
+            raise Unavailable("the bulk connection ended", node=self.node, details=str(error)) from None
+        except NoProgress:
+            raise DeadlineExceeded("the node did not answer in time", node=self.node) from None
+        except (BadFrame, DecodeError) as error:
+            raise ProtocolViolation("the bulk path was answered out of place", node=self.node, details=str(error)
+                                    ) from None  # fmt: skip
+
+
+def _connected(address: str, timeout_s: float) -> socket.socket:
+    if address.startswith(("unix:", ABSTRACT)):
+        abstract = address.startswith(ABSTRACT)
+        path = "\0" + address.removeprefix(ABSTRACT) if abstract else address.removeprefix("unix:")
+        connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connecting.settimeout(timeout_s)
+            connecting.connect(path)
+        except OSError:
+            connecting.close()
+            raise
+        return connecting
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+
+
+def _done(buffers: Buffers, buffer: object, ahead: threading.Semaphore) -> None:
+    buffers.give_back(buffer)  # type: ignore[arg-type]
+    ahead.release()

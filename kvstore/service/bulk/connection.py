@@ -1,0 +1,207 @@
+"""One bulk connection, served by one thread: whole objects between the socket and memory's own room.
+
+The event loop decides (what is stored, who may put what); this thread asks it a few times a request and moves bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from typing import Any, TypeVar
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from kvstore.engine.node import Node, Offer, Result, Stage
+from kvstore.errors import Code, InvalidRequest, KvStoreError
+from kvstore.service import requests, wire
+from kvstore.service.boundary import Boundary
+from kvstore.service.status import STATUS_OF_CODE
+from kvstore.service.streams import StreamMetrics
+from kvstore_codec import Quality
+from kvstore_proto.v1 import store_pb2, transfer_pb2
+from kvstore_proto.v1.bulk import BadFrame, Kind
+from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
+
+#: What is read ahead of the socket, and made room for ahead of it: two of these at most are held.
+BATCH_BYTES = 16 << 20
+#: A connection that nobody asks anything is closed.
+UNUSED_S_MAX = 300.0
+R = TypeVar("R")
+
+
+class Connection:
+    """`local`: over a unix socket, so that memory can be shared. `run` returns when the connection has ended."""
+
+    def __init__(
+        self, node: Node, socket: BulkSocket, loop: asyncio.AbstractEventLoop, boundary: Boundary,
+        metrics: StreamMetrics, *, local: bool, stream_idle_s: float, hold_ms_max: int,
+    ) -> None:  # fmt: skip
+        self._node, self._socket, self._loop, self._boundary = node, socket, loop, boundary
+        self._metrics, self._local = metrics, local
+        self._stream_idle_s, self._hold_ms_max = stream_idle_s, hold_ms_max
+        self._shared = False
+
+    def run(self) -> None:
+        """Raises nothing that a peer can cause."""
+        try:
+            self._socket.send(Kind.WELCOME, 0)
+            while True:
+                self._socket.limit(UNUSED_S_MAX)
+                asked = self._socket.receive(Kind.FETCH, Kind.OFFER, Kind.MAP)
+                self._socket.limit(self._stream_idle_s)
+                payload = self._socket.payload(asked)
+                if asked.kind is Kind.FETCH:
+                    self._answered("BulkFetch", lambda: self._fetch(payload))  # noqa: B023
+                elif asked.kind is Kind.OFFER:
+                    self._answered("BulkPut", lambda: self._put(payload))  # noqa: B023
+                else:
+                    self._answered("BulkMap", self._share)
+        except (ConnectionEnded, NoProgress, BadFrame, _Refused):
+            return
+
+    def _answered(self, method: str, serve: Any) -> None:
+        """Counts and times a request; one that fails is answered with the reason, and ends the connection."""
+        began_s, status = time.perf_counter(), grpc.StatusCode.UNKNOWN
+        self._boundary.begin_elsewhere(self._loop)
+        try:
+            try:
+                serve()
+                status = grpc.StatusCode.OK
+            except NoProgress:
+                status = STATUS_OF_CODE[Code.STREAM_STALLED]
+                raise
+            except (BadFrame, DecodeError) as error:
+                raise InvalidRequest(str(error)) from None
+            except ConnectionEnded:
+                status = grpc.StatusCode.CANCELLED
+                raise
+        except KvStoreError as error:
+            status = STATUS_OF_CODE[error.code]
+            ended = transfer_pb2.Ended(
+                status=status.value[0], code=error.code.value, details=str(error).replace("\n", " ")
+            )
+            self._socket.send(Kind.END, 0, ended.SerializeToString())
+            raise _Refused from None
+        finally:
+            self._boundary.end_elsewhere(self._loop, method, status.name, time.perf_counter() - began_s)
+
+    def _fetch(self, payload: bytes) -> None:
+        asked = transfer_pb2.BulkFetch.FromString(payload)
+        keys, quality, first_chunk = requests.fetch(asked.request)
+        places = asked.places and self._shared
+        held: list[memoryview] = []
+        for index, stored in enumerate(self._objects(self._node.read_chain(keys, quality, first_chunk))):
+            offset = self._node.place_of(stored) if places else None
+            if offset is None:
+                self._socket.send(Kind.OBJECT, index, stored)
+            else:
+                held.append(stored)
+                place = transfer_pb2.Place(offset=offset, object_bytes=len(stored))
+                self._socket.send(Kind.PLACE, index, place.SerializeToString())
+            self._metrics.fetched_bytes.inc(len(stored))
+        self._socket.send(Kind.END, 0, transfer_pb2.Ended().SerializeToString())
+        if held:
+            # The end of its time frees the memory: what is read after it is not confirmed, and counts for nothing.
+            self._socket.limit(min(asked.hold_ms, self._hold_ms_max) / 1000)
+            self._socket.receive(Kind.RELEASE)
+            self._socket.limit(self._stream_idle_s)
+            self._socket.send(Kind.RELEASED, 0)
+
+    def _objects(self, objects: AsyncGenerator[memoryview, None]) -> Iterator[memoryview]:
+        """What is stored of a chain; while one batch is on its way, the next is read."""
+        upcoming = self._start(_batch(objects, 1))  # the first alone, at once
+        try:
+            while batch := upcoming.result():
+                upcoming = self._start(_batch(objects, BATCH_BYTES))
+                while batch:
+                    yield batch.pop(0)
+        finally:
+            upcoming.cancel()
+            concurrent.futures.wait([upcoming])
+            self._start(objects.aclose()).result()
+
+    def _put(self, payload: bytes) -> None:
+        offer = requests.put_offer(store_pb2.PutRequest.FromString(payload))
+        offers = [
+            Offer(each.chunk_hash, each.parent_hash, each.object_bytes, Quality(each.quality)) for each in offer.objects
+        ]
+        stage = self._start(_offered(self._node, offer, offers)).result()
+        try:
+            self._socket.send(Kind.VERDICTS, 0, wire.verdicts(stage.verdicts).SerializeToString())
+            arrived = self._fill(stage)
+            committed = self._start(_committed(self._node, stage, offer, arrived)).result()
+        finally:
+            self._loop.call_soon_threadsafe(self._node.abort, stage)
+        self._socket.send(Kind.RESULTS, 0, wire.results(committed).SerializeToString())
+
+    def _fill(self, stage: Stage) -> list[int]:
+        """Receives the wanted objects, in the order of the offer, and the commit; which of them came."""
+        wanted = [index for index, verdict in enumerate(stage.verdicts) if verdict == "send"]
+        buffers: dict[int, memoryview] = {}
+        for at, index in enumerate(wanted):
+            found = self._socket.receive(Kind.OBJECT, Kind.COMMIT)
+            if found.kind is Kind.COMMIT:
+                return wanted[:at]  # what did not come is rejected by the commit
+            if found.index != index or found.length != stage.offers[index].object_bytes:
+                raise InvalidRequest(
+                    "an object out of order or of another length", index=found.index, expected=index, bytes=found.length
+                )
+            if index not in buffers:
+                buffers = self._start(_room(stage, wanted[at:])).result()
+            self._socket.receive_into(buffers.pop(index), after=self._metrics.put_bytes.inc)
+        self._socket.receive(Kind.COMMIT)
+        return wanted
+
+    def _share(self) -> None:
+        if not self._local:
+            raise InvalidRequest("memory is shared over unix sockets only")
+        with self._node.shared_memory() as (descriptor, size):
+            shared = transfer_pb2.SharedMemory(bytes=size)
+            self._socket.send_descriptor(Kind.MAPPED, shared.SerializeToString(), descriptor)
+        self._shared = True
+
+    def _start(self, coroutine: Coroutine[Any, Any, R]) -> concurrent.futures.Future[R]:
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop is closed: the node has stopped
+            coroutine.close()
+            raise ConnectionEnded from None
+
+
+class _Refused(Exception):
+    """The peer has been told why."""
+
+
+async def _batch(objects: AsyncGenerator[memoryview, None], bytes_max: int) -> list[memoryview]:
+    batch: list[memoryview] = []
+    size = 0
+    while size < bytes_max and (stored := await anext(objects, None)) is not None:
+        batch.append(stored)
+        size += len(stored)
+    return batch
+
+
+async def _offered(node: Node, offer: store_pb2.PutOffer, offers: Sequence[Offer]) -> Stage:
+    return node.offer(offer.namespace_id, offer.layout, offer.part, offers, offer.first_chunk_hash)
+
+
+async def _committed(node: Node, stage: Stage, offer: store_pb2.PutOffer, arrived: Sequence[int]) -> list[Result]:
+    for index in arrived:
+        stage.arrived(index)
+    durable = offer.durability == store_pb2.DURABILITY_DISK
+    return await node.commit(stage, durable=durable, retain=requests.retention(offer))
+
+
+async def _room(stage: Stage, indices: Sequence[int]) -> dict[int, memoryview]:
+    """Where the next objects go: at least one, and about a batch."""
+    buffers: dict[int, memoryview] = {}
+    size = 0
+    for index in indices:
+        buffers[index] = stage.buffer(index)
+        size += stage.offers[index].object_bytes
+        if size >= BATCH_BYTES:
+            break
+    return buffers

@@ -1,0 +1,153 @@
+"""A blocking socket that speaks frames (bulk.py), for threads: large payloads move between it and the caller's memory
+in few system calls, without the interpreter's lock.
+
+A limit on waiting is the kernel's (SO_RCVTIMEO), which lets one call receive a whole object; TLS has no such call, and
+Python's timeouts instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import socket
+import ssl
+import struct
+from collections.abc import Callable, Iterator
+
+from kvstore_proto.v1.bulk import HEADER_BYTES, BadFrame, Header, Kind, header, parse_header
+
+#: Of a TLS record's plaintext there are at most 16 KiB; writes of this size keep them whole and memory bounded.
+TLS_WRITE_BYTES = 1 << 20
+_TIMEVAL = struct.Struct("@ll")
+
+
+class ConnectionEnded(Exception):
+    """The peer closed it, reset it, or somebody here shut it down."""
+
+
+class NoProgress(Exception):
+    """Nothing moved for as long as may be waited."""
+
+
+class BulkSocket:
+    """Owns `sock`. One thread at a time uses it, except for `shutdown`, which ends what another is waiting for."""
+
+    def __init__(self, sock: socket.socket, limit_s: float) -> None:
+        self._socket = sock
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._waitall = 0 if self._tls else socket.MSG_WAITALL
+        self._buffer = memoryview(bytearray(HEADER_BYTES))
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        sock.settimeout(None)
+        self.limit(limit_s)
+
+    def limit(self, seconds: float) -> None:
+        """How long the peer may make no progress in each call from now on."""
+        seconds = max(seconds, 0.001)  # 0 would be for ever
+        if self._tls:
+            self._socket.settimeout(seconds)
+            return
+        part, whole = math.modf(seconds)
+        value = _TIMEVAL.pack(int(whole), int(part * 1e6) + 1)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+    def send(self, kind: Kind, index: int, payload: bytes | memoryview = b"") -> None:
+        """Raises ConnectionEnded, NoProgress."""
+        with _failures():
+            if self._tls:
+                self._socket.sendall(header(kind, index, len(payload)))
+                for first in range(0, len(payload), TLS_WRITE_BYTES):
+                    self._socket.sendall(payload[first : first + TLS_WRITE_BYTES])
+                return
+            self._socket.sendall(header(kind, index, len(payload)), socket.MSG_MORE if len(payload) else 0)
+            if len(payload):
+                self._socket.sendall(payload)
+
+    def send_bytes(self, data: bytes) -> None:
+        """Frames that are complete as they are. Raises as `send`."""
+        with _failures():
+            self._socket.sendall(data)
+
+    def receive(self, *expected: Kind) -> Header:
+        """The next frame's header. Raises ConnectionEnded, NoProgress, BadFrame (also for a kind not expected)."""
+        self.receive_into(self._buffer)
+        found = parse_header(self._buffer)
+        if found.kind not in expected:
+            raise BadFrame(f"{found.kind.name} came out of place")
+        return found
+
+    def receive_into(
+        self, view: memoryview, *, after: Callable[[int], None] | None = None, until: Callable[[], float] | None = None
+    ) -> None:
+        """Fills `view`. `until`: seconds left for all of it, asked again after each piece; `after` is told each piece's
+        length. Raises ConnectionEnded, NoProgress."""
+        at, length = 0, len(view)
+        while at < length:
+            if until is not None:
+                left = until()
+                if left <= 0:
+                    raise NoProgress
+                self.limit(left)
+            with _failures():
+                if self._tls:
+                    got = self._socket.recv_into(view[at:])
+                else:
+                    got = self._socket.recv_into(view[at:], 0, self._waitall)
+            if not got:
+                raise ConnectionEnded
+            at += got
+            if after is not None:
+                after(got)
+
+    def payload(self, found: Header) -> bytes:
+        """Of a control frame. Raises as `receive_into`."""
+        data = bytearray(found.length)
+        self.receive_into(memoryview(data))
+        return bytes(data)
+
+    def send_descriptor(self, kind: Kind, payload: bytes, descriptor: int) -> None:
+        """Over a unix socket."""
+        with _failures():
+            data = header(kind, 0, len(payload)) + payload
+            sent = socket.send_fds(self._socket, [data], [descriptor])
+            self._socket.sendall(data[sent:])
+
+    def receive_descriptor(self, expected: Kind) -> tuple[bytes, int]:
+        """A control frame's payload, and the descriptor that came with it, now the caller's. Raises as `receive`."""
+        with _failures():
+            data, descriptors, _, _ = socket.recv_fds(self._socket, HEADER_BYTES, 1)
+        try:
+            if not data:
+                raise ConnectionEnded
+            head = memoryview(bytearray(HEADER_BYTES))
+            head[: len(data)] = data
+            self.receive_into(head[len(data) :])
+            found = parse_header(head)
+            if found.kind is not expected or len(descriptors) != 1:
+                raise BadFrame(f"{found.kind.name} with {len(descriptors)} descriptors came out of place")
+            return self.payload(found), descriptors.pop()
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def shutdown(self) -> None:
+        """From any thread: every call under way or to come ends. Idempotent."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    try:
+        yield
+    except (BlockingIOError, TimeoutError):
+        raise NoProgress from None
+    except (ssl.SSLError, OSError) as error:
+        raise ConnectionEnded(str(error)) from None

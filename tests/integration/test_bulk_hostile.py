@@ -1,0 +1,177 @@
+"""The client against a bulk path that lies, babbles, stalls or breaks: a miss, or the typed error, in time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+import pytest
+from bulk_liar import BulkLiar, Script
+from hostile_server import HANG_S_MAX, Held, HostileServer, takes_all
+from kv_objects import small_layout
+from kv_strategies import bits
+from polling import wait_until
+from prometheus_client import CollectorRegistry
+
+import kvstore_codec as codec
+from kvstore_client import (
+    AsyncClient,
+    DeadlineExceeded,
+    KvClientError,
+    ObjectDamaged,
+    ProtocolViolation,
+    RequestRefused,
+    Unavailable,
+)
+from kvstore_proto.v1 import transfer_pb2
+from kvstore_proto.v1.bulk import CONTROL_BYTES_MAX, Kind, frame, header
+
+LAYOUT = small_layout("bulk")
+HELD = Held.of(LAYOUT, 3, seed=5)
+DEADLINE_S, SLACK_S = 1.0, 0.5
+WELL = frame(Kind.END)
+FIRST = frame(Kind.OBJECT, 0, HELD.blobs[0])
+
+
+def sends(data: bytes, *, stays: bool = False) -> Script:
+    """An honest first object, then this. `stays`: it says nothing more, but does not hang up either."""
+
+    def script(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
+        accepted.sendall(FIRST + data)
+        if stays:
+            threading.Event().wait(HANG_S_MAX)
+
+    return script
+
+
+FOUR_OF_THREE = sends(b"".join(frame(Kind.OBJECT, at, HELD.blobs[at]) for at in (1, 2)) + FIRST)
+
+
+def dribbles(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
+    accepted.sendall(FIRST)
+    for byte in frame(Kind.OBJECT, 1, HELD.blobs[1]):
+        accepted.sendall(bytes([byte]))
+        threading.Event().wait(0.2)
+
+
+def damaged(blob: bytes) -> bytes:
+    return blob[:-1] + bytes([blob[-1] ^ 1])
+
+
+LIES: list[tuple[str, Script, type[KvClientError]]] = [
+    ("unknown kind", sends(b"\x63" + bytes(15)), ProtocolViolation),
+    ("a header that is none", sends(b"\xff" * 16), ProtocolViolation),
+    ("a kind out of place", sends(frame(Kind.RESULTS)), ProtocolViolation),
+    ("an index out of place", sends(frame(Kind.OBJECT, 2, HELD.blobs[2])), ProtocolViolation),
+    ("the same object again", sends(FIRST), ProtocolViolation),
+    ("an object without bytes", sends(frame(Kind.OBJECT, 1)), ProtocolViolation),
+    ("more bytes than declared", sends(header(Kind.OBJECT, 1, 1 << 39), stays=True), ProtocolViolation),
+    ("a long control frame", sends(header(Kind.END, 0, CONTROL_BYTES_MAX + 1), stays=True), ProtocolViolation),
+    ("an end that is no message", sends(frame(Kind.END, 0, b"\xff\xff\xff")), ProtocolViolation),
+    ("a place without shared memory", sends(frame(Kind.PLACE, 1, transfer_pb2.Place(object_bytes=1).SerializeToString())
+                                            ), ProtocolViolation),
+    ("four objects of three", FOUR_OF_THREE, ProtocolViolation),
+    ("a refusal", sends(frame(Kind.END, 0, transfer_pb2.Ended(status=3, details="a\nb").SerializeToString())),
+     RequestRefused),
+    ("hanging up inside a header", sends(FIRST[:7]), Unavailable),
+    ("hanging up inside an object", sends(frame(Kind.OBJECT, 1, HELD.blobs[1])[:-9]), Unavailable),
+    ("silence", sends(b"", stays=True), DeadlineExceeded),
+    ("silence inside an object", sends(frame(Kind.OBJECT, 1, HELD.blobs[1])[:-9], stays=True), DeadlineExceeded),
+    ("a byte at a time", dribbles, DeadlineExceeded),
+    ("a damaged object", sends(frame(Kind.OBJECT, 1, damaged(HELD.blobs[1])) + WELL), ObjectDamaged),
+]  # fmt: skip
+
+
+async def get(address: str, *, strict: bool, registry: CollectorRegistry) -> tuple[object, int]:
+    async with AsyncClient(
+        address, transport="tcp", strict=strict, deadline=DEADLINE_S, registry=registry
+    ) as client:  # fmt: skip
+        began = time.monotonic()
+        try:
+            return await client.namespace(LAYOUT).get(HELD.tokens)
+        finally:
+            assert time.monotonic() - began < DEADLINE_S + SLACK_S
+
+
+@pytest.mark.parametrize(("script", "kind"), [lie[1:] for lie in LIES], ids=[lie[0] for lie in LIES])
+async def test_a_lie_ends_the_prefix(script: Script, kind: type[KvClientError]) -> None:
+    registry = CollectorRegistry()
+    with BulkLiar(script) as liar, HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=liar.connect) as server:
+        kv, tokens = await get(server.address, strict=False, registry=registry)
+        with pytest.raises(KvClientError) as caught:
+            await get(server.address, strict=True, registry=registry)
+    assert tokens == (3 if script is FOUR_OF_THREE else 1) * LAYOUT.chunk_tokens
+    assert bits(kv) == bits(codec.token_slice(HELD.kv, 0, tokens))
+    assert type(caught.value) is kind, caught.value
+    assert len(str(caught.value).splitlines()) == 1
+    assert server.calls.count("Fetch") == 0, "what has come is not asked for again"
+    assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": kind.code.value})
+
+
+def hangs_up(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
+    return
+
+
+async def test_a_path_that_breaks_before_it_brought_anything_is_left_for_grpc() -> None:
+    registry = CollectorRegistry()
+    with (
+        BulkLiar(hangs_up) as liar,
+        HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, put=takes_all, connect=liar.connect) as server,
+    ):
+        kv, tokens = await get(server.address, strict=True, registry=registry)
+        async with AsyncClient(server.address, transport="tcp", strict=True, registry=registry) as client:
+            other = Held.of(LAYOUT, 2, seed=99)
+            stored = await client.namespace(LAYOUT).put(other.tokens, other.kv, quality="raw")
+    assert tokens == len(HELD.tokens)
+    assert bits(kv) == bits(HELD.kv)
+    assert stored.stored == 2
+    assert liar.requests == [Kind.FETCH, Kind.OFFER]
+    failed = {"call": "bulk", "reason": Unavailable.code.value}
+    assert registry.get_sample_value("kvstore_client_failures_total", failed) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda request, context: transfer_pb2.ConnectResponse(),
+        lambda request, context: transfer_pb2.ConnectResponse(version=1, ticket=b"short", addresses=[":1"]),
+        lambda request, context: transfer_pb2.ConnectResponse(version=1, ticket=bytes(32), addresses=["", "x", ":x"]),
+        lambda request, context: transfer_pb2.ConnectResponse(version=1, ticket=bytes(32), addresses=["unix:/nowhere"]),
+        lambda request, context: b"\xff\xff",
+        lambda request, context: context.abort(grpc.StatusCode.INTERNAL, "no"),
+    ],
+    ids=["none", "no ticket", "no addresses", "nobody there", "no message", "failure"],
+)
+async def test_without_a_bulk_path_there_is_grpc(answer: Callable[..., transfer_pb2.ConnectResponse]) -> None:
+    with HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=answer) as server:
+        for transport in ("tcp", "shm", "auto"):
+            async with AsyncClient(
+                server.address, transport=transport, strict=True, registry=CollectorRegistry()
+            ) as client:  # fmt: skip
+                kv, tokens = await client.namespace(LAYOUT).get(HELD.tokens)
+                assert tokens == len(HELD.tokens)
+                assert bits(kv) == bits(HELD.kv)
+
+
+async def test_a_cancelled_get_hangs_up_and_writes_nothing_more() -> None:
+    out = codec.empty(LAYOUT, len(HELD.tokens))
+    hung_up = threading.Event()
+
+    def waits(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
+        accepted.sendall(FIRST)
+        accepted.recv(1)
+        hung_up.set()
+
+    with BulkLiar(waits) as liar, HostileServer(lookup=HELD.lookup, connect=liar.connect) as server:
+        async with AsyncClient(server.address, transport="tcp", registry=CollectorRegistry()) as client:
+            getting = asyncio.ensure_future(client.namespace(LAYOUT).get(HELD.tokens, out=out, deadline=30.0))
+            await asyncio.to_thread(wait_until, lambda: bool(liar.requests), "the request is there")
+            getting.cancel()
+            await asyncio.wait([getting])
+            out[...] = 0
+            assert await asyncio.to_thread(hung_up.wait, 5.0)
+    assert not out.any()

@@ -1,0 +1,66 @@
+"""The bulk path of a node that lies: a real socket that lets everybody in and answers requests as a test says."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from kvstore_proto.v1 import transfer_pb2
+from kvstore_proto.v1.bulk import HEADER_BYTES, HELLO_BYTES, TICKET_BYTES, VERSION, Kind, frame, parse_header
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: Told the socket and a request's kind and payload; when it returns, the connection ends.
+Script = Callable[[socket.socket, Kind, bytes], None]
+
+
+class BulkLiar:
+    """Listens until its `with` ends. `connect` is what its gRPC side answers."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sockets = [self._listener]
+        self.requests: list[Kind] = []
+
+    def connect(self, request: transfer_pb2.ConnectRequest, context: object) -> transfer_pb2.ConnectResponse:
+        port = self._listener.getsockname()[1]
+        return transfer_pb2.ConnectResponse(
+            version=VERSION, ticket=bytes(TICKET_BYTES), ticket_ms=1000, addresses=[f":{port}"]
+        )
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                accepted, _ = self._listener.accept()
+                self._sockets.append(accepted)
+                threading.Thread(target=self._serve, args=(accepted,), daemon=True).start()
+
+    def _serve(self, accepted: socket.socket) -> None:
+        with contextlib.suppress(OSError), accepted:
+            accepted.recv(HELLO_BYTES, socket.MSG_WAITALL)
+            accepted.sendall(frame(Kind.WELCOME))
+            head = accepted.recv(HEADER_BYTES, socket.MSG_WAITALL)
+            if not head:
+                return
+            found = parse_header(head)
+            payload = accepted.recv(found.length, socket.MSG_WAITALL) if found.length else b""
+            self.requests.append(found.kind)
+            self._script(accepted, found.kind, payload)

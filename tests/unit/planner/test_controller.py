@@ -1,0 +1,154 @@
+"""The controller: it measures, thinks again, gives up in time, and says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvstore_client.planner.choose import Chunk
+from kvstore_client.planner.controller import SLOWER_MAX, Controller, Task
+from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
+from kvstore_codec import Quality
+
+LOW, MEDIUM, HIGH = Quality.LOW, Quality.MEDIUM, Quality.HIGH
+CHUNKS = 16
+MBYTE = 1_000_000
+Link = Callable[[float], float]  # bytes a second at a time
+
+
+def task(ttft_s: float, recompute_s: float) -> Task:
+    chunks = [Chunk(256 * i, 256, 1000, {LOW: MBYTE, MEDIUM: 1_600_000, HIGH: 2_200_000}) for i in range(CHUNKS)]
+    each = recompute_s / CHUNKS
+    return Task(chunks, [each * (CHUNKS - i) for i in range(CHUNKS + 1)], 256 * CHUNKS, ttft_s)
+
+
+def peer(rate: float | None) -> PeerEstimates:
+    known = PeerEstimates()
+    known.latency.observe(0.001)
+    for _ in range(20 if rate is not None else 0):
+        known.link.observe(rate or 0.0, 1.0, 0.0)
+    return known
+
+
+def controller(ttft_s: float, recompute_s: float, rate: float | None) -> Controller:
+    return Controller(task(ttft_s, recompute_s), peer(rate), DecodeEstimates(1), 0.0)
+
+
+def drive(control: Controller, of: Task, link: Link, tick_s: float = 1e-3) -> tuple[float, list[Quality]]:
+    """(when all is there, what was fetched) over a link whose rate is looked at every tick."""
+    now = 0.0
+    fetched: list[Quality] = []
+    while (step := control.step(now)) is not None:
+        for index in range(step.first, step.last):
+            quality, begin, came = of.chunks[index].no_better_than(step.quality), now, 0.0
+            while came < of.chunks[index].bytes_at[quality]:
+                if now >= control.give_up_at and not control.late(int(came), now - begin, now):
+                    return now + of.recompute_s[len(fetched)], fetched
+                came += tick_s * link(now)
+                now += tick_s
+            fetched.append(quality)
+            if not control.arrived(int(came), now - begin, now):
+                break
+    return now + of.recompute_s[len(fetched)], fetched
+
+
+def test_a_known_fast_link_brings_the_finest() -> None:
+    step = controller(1.0, 10.0, 1e9).step(0.0)
+    assert step is not None
+    assert (step.first, step.last, step.quality) == (0, CHUNKS, HIGH)
+
+
+def test_a_known_slow_link_is_not_asked() -> None:
+    assert controller(1.0, 1.0, 1e6).step(0.0) is None
+
+
+def test_an_unknown_peer_is_measured_by_the_coarsest_quality() -> None:
+    of = task(0.6, 10.0)
+    control = Controller(of, peer(None), DecodeEstimates(1), 0.0)
+    ttft_s, fetched = drive(control, of, lambda _: 6e7)  # 16 MB at low: 0.27 s; 25.6 at medium: 0.43; 35.2: 0.59
+    assert fetched[0] is LOW
+    assert set(fetched[2:]) <= {MEDIUM, HIGH}
+    assert len(fetched) == CHUNKS
+    assert ttft_s <= 0.6
+
+
+def test_slack_that_was_lost_makes_the_rest_coarser() -> None:
+    of = task(0.6, 10.0)
+    control = Controller(of, peer(5e7), DecodeEstimates(1), 0.0)  # medium all along: 0.51 s
+    ttft_s, fetched = drive(control, of, lambda now: 5e7 if now < 0.1 else 3.5e7)
+    assert fetched[0] is MEDIUM
+    assert LOW in fetched[4:]
+    assert len(fetched) == CHUNKS
+    assert ttft_s <= 0.6
+
+
+def test_slack_that_was_won_makes_the_rest_finer() -> None:
+    of = task(0.6, 10.0)
+    control = Controller(of, peer(3e7), DecodeEstimates(1), 0.0)
+    ttft_s, fetched = drive(control, of, lambda now: 3e7 if now < 0.1 else 3e8)
+    assert fetched[0] is LOW
+    assert fetched[-1] is HIGH
+    assert ttft_s <= 0.6
+
+
+def test_a_link_that_dies_costs_little_more_than_recomputing() -> None:
+    of = task(0.5, 4.0)
+    control = Controller(of, peer(1e8), DecodeEstimates(1), 0.0)
+    ttft_s, fetched = drive(control, of, lambda now: 1e8 if now < 0.1 else 0.0)
+    assert 0 < len(fetched) < CHUNKS
+    assert ttft_s <= 4.0 * (1 + SLOWER_MAX) + 0.01
+    assert control.step(10.0) is None
+
+
+@settings(max_examples=60)
+@given(
+    rate=st.floats(1e5, 1e10), recompute_s=st.floats(0.05, 5), share=st.floats(0.05, 2),
+    known=st.one_of(st.none(), st.just(1.0)),
+)  # fmt: skip
+def test_never_slower_than_recomputing_on_a_steady_link(
+    rate: float, recompute_s: float, share: float, known: float | None
+) -> None:
+    of = task(share * recompute_s, recompute_s)
+    control = Controller(of, peer(rate if known else None), DecodeEstimates(1), 0.0)
+    ttft_s, _ = drive(control, of, lambda _: rate, tick_s=recompute_s / 1000)
+    assert ttft_s <= recompute_s * 1.05
+
+
+def test_the_plan_explains_itself() -> None:
+    plan = controller(0.6, 10.0, 5e7).plan(0.0)
+    assert plan.meets_goal
+    assert plan.fetched_tokens == 256 * CHUNKS
+    assert plan.quality is MEDIUM
+    assert "medium" in plan.reason
+    assert "0–" in str(plan)
+    assert str(plan).splitlines()[0] == plan.reason
+    back = json.loads(json.dumps(plan.to_dict()))
+    assert back["chunks"][0]["quality"] == "medium"
+    assert back["ttft_s"] == plan.ttft_s
+    assert back["fetched_bytes"] == sum(chunk.bytes for chunk in plan.chunks)
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "recompute_s", "rate", "said"),
+    [
+        (1.0, 0.1, 1e6, "recompute"),
+        (0.1, 10.0, 1e7, "fastest"),
+        (1.0, 10.0, None, "not been measured"),
+    ],
+)
+def test_the_reason_is_the_one_that_decided(ttft_s: float, recompute_s: float, rate: float | None, said: str) -> None:
+    assert said in controller(ttft_s, recompute_s, rate).plan(0.0).reason
+
+
+def test_recomputed_chunks_are_planned_after_each_other() -> None:
+    plan = controller(1.0, 0.1, 1e6).plan(0.0)
+    assert plan.quality is None
+    assert plan.fetched_bytes == 0
+    assert plan.ttft_s == pytest.approx(0.1)
+    ready = [chunk.ready_s for chunk in plan.chunks]
+    assert ready == sorted(ready)
+    assert ready[-1] == pytest.approx(plan.ttft_s)
