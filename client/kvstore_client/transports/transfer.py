@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from typing import TypeVar
 
-from kvstore_client.connection import Node, timeout_s
+from kvstore_client.connection import Node, failures, timeout_s
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import KvClientError, Unavailable
 from kvstore_client.transports import grpc_fetch
@@ -138,21 +138,23 @@ class Put:
                 return (await self._run(lambda connection: connection.offer(offer, self._deadline))).verdicts
             except Unavailable:  # such as a connection to a node that was started anew since
                 pass
-        self._stream = await self._stack.enter_async_context(put_stream(self._node, timeout_s(self._deadline)))
-        await self._stream.write(Framed(pb.PutRequest(offer=offer)))
-        return (await self._stream.answer("verdicts")).verdicts
+        async with failures(self._node):
+            self._stream = await self._stack.enter_async_context(put_stream(self._node, timeout_s(self._deadline)))
+            await self._stream.write(Framed(pb.PutRequest(offer=offer)))
+            return (await self._stream.answer("verdicts")).verdicts
 
     async def send(self, objects: Sequence[tuple[int, bytes]]) -> None:
         """(index in the offer, the object), in the order of the offer."""
         if self._stream is None:
             await self._run(lambda connection: connection.send(objects, self._deadline, self._count_sent))
             return
-        for index, blob in objects:
-            view = memoryview(blob)
-            for offset in range(0, len(blob), DATA_BYTES_MAX):
-                piece = view[offset : offset + DATA_BYTES_MAX]
-                await self._stream.write(Framed(pb.PutRequest(object_index=index, offset=offset), piece))
-                self._count_sent(len(piece))
+        async with failures(self._node):
+            for index, blob in objects:
+                view = memoryview(blob)
+                for offset in range(0, len(blob), DATA_BYTES_MAX):
+                    piece = view[offset : offset + DATA_BYTES_MAX]
+                    await self._stream.write(Framed(pb.PutRequest(object_index=index, offset=offset), piece))
+                    self._count_sent(len(piece))
 
     async def commit(self) -> pb.PutResults:
         if self._stream is None:
@@ -161,11 +163,12 @@ class Put:
             assert connection is not None, "it has just answered"
             self._node.bulk.give_back(connection)
             return answer.results
-        await self._stream.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
-        await self._stream.done_writing()
-        results = (await self._stream.answer("results")).results
-        await self._stream.settle()
-        return results
+        async with failures(self._node):
+            await self._stream.write(Framed(pb.PutRequest(commit=pb.PutCommit())))
+            await self._stream.done_writing()
+            results = (await self._stream.answer("results")).results
+            await self._stream.settle()
+            return results
 
     async def aclose(self) -> None:
         """A put that is not committed leaves nothing behind."""
