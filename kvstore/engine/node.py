@@ -34,6 +34,7 @@ from kvstore.engine.model import (
     VerifyProgress,
 )  # fmt: skip
 from kvstore.engine.namespaces import Namespaces
+from kvstore.engine.opening import open_tiers
 from kvstore.engine.operations import Operations
 from kvstore.engine.outside import UNKNOWN, Chain, FoundObject, Outside, Place
 from kvstore.engine.pin_file import PinFile
@@ -41,13 +42,10 @@ from kvstore.engine.prefetch import Prefetches
 from kvstore.engine.shared import open_shared
 from kvstore.engine.stage import Stage, Staged
 from kvstore.engine.upstream_open import open_upstream
-from kvstore.errors import DiskUnusable, InvalidRequest
+from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
-from kvstore.policies.choice import POLICIES
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.disk_admission import RejectFirst
-from kvstore.tiers.host import HostTier, Reserved
+from kvstore.tiers.host import Reserved
 from kvstore_codec import KVLayout, Quality
 
 __all__ = [
@@ -85,7 +83,7 @@ class Node:
         """A node with what its disk holds. Raises DiskUnusable, TierFailed."""
         registry = CollectorRegistry() if registry is None else registry
         metrics = NodeMetrics(registry)
-        opened = await asyncio.to_thread(_open_tiers, config, metrics, clock)
+        opened = await asyncio.to_thread(open_tiers, config, metrics, clock)
         node, holdings = cls(config, *opened, metrics, clock), opened[0]
         tiers = holdings.tiers
         node._outside.start()
@@ -400,35 +398,3 @@ class Node:
 
         if self._holdings.queue is not None:
             self._holdings.queue.start(counted)
-
-
-def _open_tiers(
-    config: NodeConfig, metrics: NodeMetrics, clock: Callable[[], float]
-) -> tuple[Holdings, Namespaces, PinFile | None]:  # fmt: skip
-    floor = None if config.degrade_floor == "none" else Quality.parse(config.degrade_floor)
-
-    def holdings(host: HostTier, disk: DiskTier | None) -> Holdings:
-        return Holdings(
-            host, disk, metrics, clock, policy=POLICIES[config.eviction_policy], floor=floor,
-            disk_write=config.disk_write, admission=RejectFirst() if config.disk_admission == "second-use" else None,
-            soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
-        )  # fmt: skip
-
-    host = HostTier(config.host_capacity, config.huge_pages)
-    if config.disk_path is None:
-        return holdings(host, None), Namespaces(None), None
-    disk = DiskTier(config.disk_path, config.disk_capacity)
-    try:
-        held = holdings(host, disk)
-        pin_file = PinFile(config.disk_path / "pins.json")
-        for key in pin_file.load():
-            row = held.index.row_of(key)
-            if row is not None:
-                held.pins.pin(row, held.index.described(row).length, None, clock())
-        return held, Namespaces(config.disk_path / "namespaces"), pin_file
-    except OSError as error:
-        disk.close()
-        raise DiskUnusable(f"disk_path {config.disk_path} cannot be used: {error.strerror}") from error
-    except BaseException:
-        disk.close()
-        raise
