@@ -17,8 +17,9 @@ _LOST_MAX = 1 << 16
 async def deleted(
     node: Node, layout: KVLayout, part: int, hashes: Sequence[bytes], limit: Deadline
 ) -> AsyncIterator[tuple[int, int]]:
-    """(objects, bytes) removed from one node, a call at a time; without hashes, of the whole namespace. Raises the typed
-    error of a failed call."""
+    """(objects, bytes) removed from one node, a call at a time; without hashes, of the whole namespace.
+
+    Raises the typed error of a failed call."""
     for first in range(0, len(hashes) or 1, HASHES_MAX):
         request = pb.DeleteRequest(
             namespace_id=layout.namespace_id, part=part, chunk_hashes=b"".join(hashes[first : first + HASHES_MAX])
@@ -42,8 +43,8 @@ class LostChunks:
         self._hashes.update(chunk.hash for chunk in chunks)
 
     async def taken_out(self, node: Node, held: Sequence[ChunkHit], limit: Deadline) -> Sequence[ChunkHit]:
-        """`held` without the lost ones. The node lets go of them: it would keep what nobody can read, and refuse to take
-        what can be read, for as long as it is looked up."""
+        """`held` without the lost ones. The node lets go of them: it would keep what nobody can read, and refuse to
+        take what can be read, for as long as it is looked up."""
         lost = [chunk.hash for chunk in held if chunk.hash in self._hashes]
         if lost:
             async for _ in deleted(node, self._layout, self._part, lost, limit):
