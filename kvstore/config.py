@@ -29,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from kvstore.engine.upstream_config import UpstreamConfig
 from kvstore.errors import ConfigError
 from kvstore.tiers.redis_config import SECRET_KEYS, RedisConfig
 
@@ -93,7 +94,7 @@ PolicyName = Literal["gittins", "lru", "s3-fifo", "sieve", "2q"]  # as in kvstor
 ObjectSize = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 32)]  # as the index counts lengths
 
 
-class NodeConfig(RedisConfig):
+class NodeConfig(UpstreamConfig, RedisConfig):
     """Everything one node is configured with; frozen. Raises pydantic's ValidationError, `load_config` ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -163,6 +164,14 @@ class NodeConfig(RedisConfig):
             raise ValueError("host_capacity is 0 and there is no disk_path: the node could hold nothing")
         return self
 
+    @model_validator(mode="after")
+    def _asks_others(self) -> NodeConfig:
+        mine = {address.replace("unix://", "unix:") for address in self.listen_addresses}
+        for seed in self.upstream_seeds:
+            if seed in mine:
+                raise ValueError(f"upstream names {seed}, where this node listens: name other nodes")
+        return self
+
     @property
     def listen_addresses(self) -> tuple[str, ...]:
         return tuple(address.strip() for address in self.listen.split(","))
@@ -173,12 +182,16 @@ class NodeConfig(RedisConfig):
         return self.node_id if self.node_id is not None else socket.gethostname()
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str]) -> NodeConfig:
+def load_config(
+    path: str | Path | None, overrides: Mapping[str, Any], environ: Mapping[str, str],
+    defaults: Mapping[str, Any] | None = None,
+) -> NodeConfig:  # fmt: skip
     """The config of a node from a TOML file (None: none), `environ`'s KVSTORE_* and `overrides` (flags; None: unset).
+    `defaults`: of a node with a role, instead of those of the keys.
 
     Raises ConfigError; its `problems` are one line each, naming source, key, value and fix.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(defaults or {})
     sources: dict[str, str] = {}
     problems: list[str] = []
     flags = {key: value for key, value in overrides.items() if value is not None}

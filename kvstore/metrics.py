@@ -99,6 +99,28 @@ class NodeMetrics:
         self.circuit_changes = counter(
             "redis_circuit_changes", "Redis servers no longer asked (open) or asked again (closed).", "server", "state"
         )
+        self.upstream_failures = counter(
+            "upstream_failures", "What an upstream node did not do, by node, call and reason.", "node", "call", "reason"
+        )
+        self.upstream_circuits = counter(
+            "upstream_circuit_changes",
+            "Upstream nodes no longer asked (open) or asked again (closed).",
+            "node",
+            "state",
+        )
+        self.upstream_coalesced = counter(
+            "upstream_coalesced", "Questions that waited for the answer to the same one under way, by call.", "call"
+        )
+        self.upstream_writes = counter(
+            "upstream_writes", "Objects that were to go upstream, by what became of them.", "outcome"
+        )
+        self.upstream_seconds = Histogram(
+            "kvstore_upstream_seconds", "Duration of calls upstream, whole streams included.", ("call",),
+            buckets=_SECONDS, registry=registry,
+        )  # fmt: skip
+        self.prefetched_chunks = counter(
+            "prefetched_chunks", "Chunks that hints named and memory did not hold, by what became of them.", "result"
+        )
         self._logged: set[str] = set()
 
     def count_read(self, tier: str, quality: Quality, length: int) -> None:

@@ -24,7 +24,7 @@ from kvstore_client.errors import (
 from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.planner.costs import PrefillCost
 from kvstore_client.planner.plan import Plan, PlannedChunk
-from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PutResult, TierStat
+from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PrefetchResult, PutResult, TierStat
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import (
@@ -74,6 +74,7 @@ __all__ = [
     "Partition",
     "Plan",
     "PlannedChunk",
+    "PrefetchResult",
     "PrefillCost",
     "Profile",
     "ProfileDamaged",

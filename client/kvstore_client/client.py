@@ -23,7 +23,7 @@ from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
-from kvstore_client.results import DeleteResult, Hit, NodeStat, PutResult
+from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_client.writing import AsyncWriter
@@ -131,6 +131,12 @@ class Namespace:
                 deadline=deadline,
             )
         )  # fmt: skip
+
+    def prefetch(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
+    ) -> PrefetchResult:  # fmt: skip
+        """Tells the node that a prompt will be read; does not wait for what it does then."""
+        return _run(self._async.prefetch(token_ids, quality=quality, deadline=deadline))
 
     def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,

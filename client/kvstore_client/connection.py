@@ -58,8 +58,9 @@ class Connections:
     """`transport`: which way objects go. `on_failure` is told (node, error) where its bulk path cannot be had."""
 
     def __init__(
-        self, seeds: Sequence[str], transport: Transport, on_failure: Callable[[str, KvClientError], None]
-    ) -> None:
+        self, seeds: Sequence[str], transport: Transport = "grpc",
+        on_failure: Callable[[str, KvClientError], None] = lambda node, error: None,
+    ) -> None:  # fmt: skip
         self._seeds = tuple(seeds)
         self._transport, self._on_failure = transport, on_failure
         self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")  # starts no thread before it has work

@@ -111,7 +111,8 @@ async def _objects(
     """Whole objects in the order of `wanted.chunks`; ends early where the node has no more. `fetches` closes what is
     open at the end, `confirms` are to be called when all of it has been decoded."""
     for number, first in enumerate(range(0, len(wanted.chunks), HASHES_MAX)):
-        part = replace(wanted, chunks=wanted.chunks[first : first + HASHES_MAX])
+        first_chunk = wanted.first_chunk or (wanted.chunks[0].hash if first else b"")
+        part = replace(wanted, chunks=wanted.chunks[first : first + HASHES_MAX], first_chunk=first_chunk)
         lease_id = lease_ids[number] if number < len(lease_ids) else b""
         asked = Fetch(node, part, lease_id, deadline, count_received)
         fetches.push_async_callback(asked.aclose)

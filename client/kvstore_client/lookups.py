@@ -8,7 +8,7 @@ from kvstore_client.connection import Node, failures, understood
 from kvstore_client.connection import timeout_s as remaining_s
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ProtocolViolation
-from kvstore_client.results import ChunkHit, Hit, Lease
+from kvstore_client.results import ChunkHit, Hit, Lease, PrefetchResult
 from kvstore_codec import ChunkRef, KVLayout, Quality, object_bytes_max
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import HASHES_MAX
@@ -28,7 +28,7 @@ async def lookup(
         asked = refs[first : first + HASHES_MAX]
         request = pb.LookupRequest(
             namespace_id=layout.namespace_id, chunk_hashes=b"".join(ref.hash for ref in asked), part=part,
-            lease_ms=lease_ms,
+            lease_ms=lease_ms, first_chunk_hash=refs[0].hash if first else b"",
         )  # fmt: skip
         async with failures(node):
             answer = understood(node, await node.stub.Lookup(request, timeout=remaining_s(limit)))
@@ -47,6 +47,26 @@ async def lookup(
             break
     tokens = found[-1].first_token + found[-1].tokens if found else 0
     return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms, node.address) if lease_ids else None)
+
+
+async def prefetch(
+    node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], quality: Quality, timeout_s: float
+) -> PrefetchResult:  # fmt: skip
+    """Hints that all of `refs` will be read. Raises the typed error of a failed call, ProtocolViolation."""
+    limit = Deadline(timeout_s)
+    held = under_way = 0
+    for first in range(0, len(refs), HASHES_MAX):
+        asked = refs[first : first + HASHES_MAX]
+        request = pb.PrefetchRequest(
+            namespace_id=layout.namespace_id, chunk_hashes=b"".join(ref.hash for ref in asked), part=part,
+            quality=quality, first_chunk_hash=refs[0].hash if first else b"",
+        )  # fmt: skip
+        async with failures(node):
+            answer = understood(node, await node.stub.Prefetch(request, timeout=remaining_s(limit)))
+        if answer.held + answer.under_way > len(asked):
+            raise ProtocolViolation("a prefetch answered more chunks than were asked for", node=node.address)
+        held, under_way = held + answer.held, under_way + answer.under_way
+    return PrefetchResult(held, under_way)
 
 
 def good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit]:

@@ -12,14 +12,15 @@ import numpy.typing as npt
 
 import kvstore_codec as codec
 from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, check_lease_ms, qualities, retention
-from kvstore_client.connection import Node, failures, timeout_s, understood
+from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline, checked_seconds
+from kvstore_client.deleting import LostChunks, deleted
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
 from kvstore_client.fetching import Fetched, fetch
 from kvstore_client.following import StreamAsked
 from kvstore_client.kv_views import of_chunk, sliceable
 from kvstore_client.leasing import kept_alive, renew
-from kvstore_client.lookups import good_enough, lookup
+from kvstore_client.lookups import good_enough, lookup, prefetch
 from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
 from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.pace import Timing
@@ -27,20 +28,18 @@ from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
-from kvstore_client.results import ChunkHit, DeleteResult, Hit, PutResult
+from kvstore_client.results import DeleteResult, Hit, PrefetchResult, PutResult
 from kvstore_client.session import Session
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.transports.wanted import Wanted
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
-from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import HASHES_MAX
 
 TokenIds = Sequence[int] | npt.ArrayLike
 LEASE_MS = 10_000
 #: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
 LEASE_MARGIN_MS = 1_000
-_LOST_MAX = 1 << 16
 
 
 class AsyncNamespace:
@@ -57,7 +56,7 @@ class AsyncNamespace:
         self._session, self._extras, self._tail = session, extras, tail
         self._profiles = NamespaceProfiles(session, layout, profile, learn_statistics)
         # Hashes of chunks that a get found coded with a profile that is gone: a put replaces them.
-        self._lost: set[bytes] = set()
+        self._lost = LostChunks(layout, part)
         self._planner = NamespacePlanner(session, self._part_layout)
 
     async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
@@ -129,6 +128,29 @@ class AsyncNamespace:
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
         return kv, tokens
+
+    async def prefetch(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
+    ) -> PrefetchResult:  # fmt: skip
+        """Tells the node that a prompt will be read at `quality` (None: as well as it is stored): it brings what its
+        memory lacks there, from its disk or from the nodes upstream of it, and does not wait for that. A hint: what
+        becomes of it a lookup tells.
+        """
+        limit = self._session.begin(deadline)
+        wanted = Quality.RAW if quality is None else Quality.parse(quality)
+        refs = self._refs(token_ids)
+        if not refs:
+            return PrefetchResult()
+        try:
+            with self._session.timed("prefetch"):
+                _, result = await self._session.attempt(
+                    "prefetch", self._placement_key(refs), limit,
+                    lambda node, timeout_s: prefetch(node, self.layout, self.part, refs, wanted, timeout_s),
+                )  # fmt: skip
+        except KvClientError as error:
+            self._session.forgive("prefetch", error)
+            return PrefetchResult()
+        return result
 
     async def plan(
         self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
@@ -233,7 +255,8 @@ class AsyncNamespace:
         with self._session.timed("delete"):
             for seed in self._session.connections.seeds:
                 try:
-                    async for objects, freed in self._delete(seed, hashes, limit):
+                    node = self._session.connections.node(seed)
+                    async for objects, freed in deleted(node, self.layout, self.part, hashes, limit):
                         total = replace(total, objects=total.objects + objects, bytes=total.bytes + freed)
                 except KvClientError as error:
                     self._session.metrics.failures.labels("delete", error.code.value).inc()
@@ -262,18 +285,6 @@ class AsyncNamespace:
         limit = self._session.begin(deadline)
         with self._session.timed("load_profile"):
             return await self._profiles.load(profile_id, limit)
-
-    async def _delete(self, seed: str, hashes: Sequence[bytes], limit: Deadline) -> AsyncIterator[tuple[int, int]]:
-        """(objects, bytes) removed from one seed, a call at a time. Raises the typed error of a failed call."""
-        node = self._session.connections.node(seed)
-        for first in range(0, len(hashes) or 1, HASHES_MAX):
-            request = pb.DeleteRequest(
-                namespace_id=self.layout.namespace_id, part=self.part,
-                chunk_hashes=b"".join(hashes[first : first + HASHES_MAX]),
-            )  # fmt: skip
-            async with failures(node):
-                answer = understood(node, await node.stub.Delete(request, timeout=timeout_s(limit)))
-            yield answer.objects, answer.bytes
 
     def _refs(self, token_ids: TokenIds) -> list[ChunkRef]:
         return codec.chunk_refs(
@@ -342,7 +353,7 @@ class AsyncNamespace:
             fetched, reason = await self._planner.fetch(goal, node, wants, into, fetch_part), SLOWER
         if fetched.error is not None:
             if isinstance(fetched.error, ProfileMissing):
-                self._lose(chunks[fetched.chunks :])
+                self._lost.add(chunks[fetched.chunks :])
             reason = fetched.error.code.value
             self._session.metrics.failures.labels("get", reason).inc()
             self._session.forgive("get", fetched.error)
@@ -367,11 +378,11 @@ class AsyncNamespace:
                 lambda node, timeout_s: lookup(node, self.layout, self.part, prompt, lease_ms=0, timeout_s=timeout_s),
             )  # fmt: skip
             before = source.first_token if hit.tokens >= source.first_token else None
-            on_disk = True
+            on_disk, source = True, replace(source, first_chunk=prompt[0].hash)
             if not source.quality.exact:
                 profile, on_disk = await self._profiles.for_put(node, durable=source.durable, deadline=limit)
                 source = replace(source, profile=profile)
-            found = await self._without_lost(node, [chunk for chunk in hit.chunks if chunk.hash in mine], limit)
+            found = await self._lost.taken_out(node, [chunk for chunk in hit.chunks if chunk.hash in mine], limit)
             held = {chunk.hash: chunk.stored_bytes for chunk in found if chunk.quality <= source.quality}
             chunks = [Chunk(ref, held.get(ref.hash, 0)) for ref in refs]
             if not source.durable:  # what is held is settled; a durable put asks the node whether it is on disk
@@ -393,22 +404,6 @@ class AsyncNamespace:
             reason = str(error)
         self._session.count_rejected("put", list(answered.values()))
         return before, [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
-
-    async def _without_lost(self, node: Node, held: Sequence[ChunkHit], limit: Deadline) -> Sequence[ChunkHit]:
-        """`held` without the chunks whose profile was found to be gone. The node lets go of them: it would keep what
-        nobody can read, and refuse to take what can be read, for as long as it is looked up."""
-        lost = [chunk.hash for chunk in held if chunk.hash in self._lost]
-        if lost:
-            async for _ in self._delete(node.address, lost, limit):
-                pass
-            self._lost.difference_update(lost)
-        return [chunk for chunk in held if chunk.hash not in lost]
-
-    def _lose(self, chunks: Sequence[ChunkHit]) -> None:
-        """Remembers chunks from the first on that has lost its profile; the others are of no use without it."""
-        if len(self._lost) + len(chunks) > _LOST_MAX:
-            self._lost.clear()
-        self._lost.update(chunk.hash for chunk in chunks)
 
     def _placement_key(self, refs: Sequence[ChunkRef]) -> bytes:
         """Prompts that share their first chunk live together, so that a prefix is on one node."""

@@ -79,7 +79,10 @@ class NamespacePlanner:
         end = codec.token_count(into, self._layout)
         total = Fetched()
         while total.error is None and (step := controller.step(pace.clock())) is not None:
-            part = replace(wanted, chunks=wanted.chunks[step.first : step.last], quality=step.quality)
+            part = replace(
+                wanted, chunks=wanted.chunks[step.first : step.last], quality=step.quality,
+                first_chunk=wanted.chunks[0].hash,
+            )  # fmt: skip
             fetched = await fetch_part(part, codec.token_slice(into, part.chunks[0].first_token, end), pace)
             total = Fetched(total.chunks + fetched.chunks, fetched.error)
             if total.chunks < controller.done or controller.done == step.first:

@@ -60,7 +60,9 @@ class ProfileTransfer:
         if len(hit.chunks) == len(refs) and not durable:  # a durable put asks the node whether it is on disk
             return [Stored(chunk.ref, "have", "", False, chunk.held_bytes) for chunk in chunks]
         rows = await self._in_thread(lambda: profiles.pack(placed.profile.to_bytes()))
-        source = Source(PROFILE_LAYOUT, 0, profiles.as_kv(rows), 0, Quality.RAW, Quality.RAW, durable)
+        source = Source(
+            PROFILE_LAYOUT, 0, profiles.as_kv(rows), 0, Quality.RAW, Quality.RAW, durable, first_chunk=refs[0].hash
+        )
         stored: list[Stored] = []
         for first in range(0, len(chunks), _STREAM_CHUNKS):
             some = chunks[first : first + _STREAM_CHUNKS]
@@ -97,7 +99,7 @@ class ProfileTransfer:
         if len(hit.chunks) < len(refs):
             return None
         rows = profiles.empty_rows(len(refs))
-        wanted = Wanted(PROFILE_LAYOUT, 0, hit.chunks[first:], Quality.RAW, Quality.RAW)
+        wanted = Wanted(PROFILE_LAYOUT, 0, hit.chunks[first:], Quality.RAW, Quality.RAW, refs[0].hash)
         into = profiles.as_kv(rows[first * PROFILE_LAYOUT.chunk_tokens :])
         lease_ids = hit.lease.ids if hit.lease is not None else ()
         fetched = await fetch(

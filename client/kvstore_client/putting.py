@@ -38,6 +38,7 @@ class Source:
     durable: bool
     retain: tuple[int, int] | None = None  # priority, seconds
     profile: Profile | None = None  # of lossy qualities
+    first_chunk: bytes = b""  # hash of the prompt's first, by which nodes are chosen
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,7 @@ def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None
         namespace_id=source.layout.namespace_id,
         layout=source.layout.canonical_bytes,
         part=source.part,
+        first_chunk_hash=source.first_chunk,
         durability=pb.DURABILITY_DISK if source.durable else pb.DURABILITY_MEMORY,
         retention=None if source.retain is None else pb.Retention(priority=source.retain[0], seconds=source.retain[1]),
         objects=[

@@ -44,6 +44,15 @@ class Hit:
 
 
 @dataclass(frozen=True)
+class PrefetchResult:
+    """Chunks that the node has in memory, and those that it looks for now: 0 also where it follows as many hints as it
+    does at a time, or could not be asked."""
+
+    held: int = 0
+    under_way: int = 0
+
+
+@dataclass(frozen=True)
 class PutResult:
     """What became of a put's chunks.
 

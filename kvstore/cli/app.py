@@ -70,8 +70,10 @@ def root(
     pass
 
 
-@app.command()
+@app.command("sidecar", help="Run a node beside an engine: its misses and puts go to the nodes of --upstream.")
+@app.command("serve", help="Run a node until SIGTERM. Prints one JSON line with its addresses when it is ready.")
 def serve(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Option("--config", envvar="KVSTORE_CONFIG", help="TOML file; flags and KVSTORE_* win.")
     ] = None,
@@ -114,10 +116,14 @@ def serve(
     redis_prefix: Annotated[str | None, typer.Option(help="First part of our keys in Redis.")] = None,
     redis_timeout_ms: Annotated[int | None, typer.Option(help="Longest wait for Redis.")] = None,
     redis_write: Annotated[str | None, typer.Option(help="off, behind or through.")] = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="Nodes asked for what this one lacks: host:port, several with commas.")
+    ] = None,
+    upstream_timeout_ms: Annotated[int | None, typer.Option(help="Longest wait for a node upstream.")] = None,
+    upstream_write: Annotated[str | None, typer.Option(help="off, behind or through.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text, or json: one object a line.")] = None,
 ) -> None:
-    """Run a node until SIGTERM. Prints one JSON line with its addresses when it is ready."""
     from kvstore.cli.serve import serve_node
 
     flags = {
@@ -131,10 +137,11 @@ def serve(
         "metrics_listen": metrics_listen, "redis_url": redis_url, "redis_cluster": redis_cluster,
         "redis_password_file": redis_password_file, "redis_ca": redis_ca, "redis_cert": redis_cert,
         "redis_key": redis_key, "redis_ttl_s": redis_ttl_s, "redis_prefix": redis_prefix,
-        "redis_timeout_ms": redis_timeout_ms, "redis_write": redis_write, "log_level": log_level,
+        "redis_timeout_ms": redis_timeout_ms, "redis_write": redis_write, "upstream": upstream,
+        "upstream_timeout_ms": upstream_timeout_ms, "upstream_write": upstream_write, "log_level": log_level,
         "log_format": log_format,
     }  # fmt: skip
-    serve_node(config, flags)
+    serve_node(config, flags, sidecar=context.info_name == "sidecar")
 
 
 @app.command()

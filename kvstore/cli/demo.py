@@ -75,6 +75,8 @@ def _print(report: dict[str, Any]) -> None:
         "greedy: tokens like those of the run without the store, up to the first that differs.\n"
         "mean KL: of next-token distributions, in float32.\n"
         f"After kill -9 and restart: {again['objects']} objects on disk, {restored} of {len(again['rows'])} qualities "
-        f"restored.\nWhile the node was dead: a miss after {report['while_down']['seconds']:.3f} s.\n"
+        f"restored.\nWhile the node was dead: a miss after {report['while_down']['seconds']:.3f} s, and "
+        f"{report['while_down']['sidecar']['tokens']} tokens from the sidecar in "
+        f"{report['while_down']['sidecar']['seconds']:.3f} s.\n"
         f"The model went on: {report['continuation'].strip()!r}"
     )

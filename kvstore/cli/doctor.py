@@ -20,6 +20,7 @@ from kvstore.cli.doctor_finding import Finding, Level, Subject, ok
 from kvstore.cli.doctor_machine import check_clock, check_cpu, check_files, check_memory
 from kvstore.cli.doctor_network import check_listen, check_node
 from kvstore.cli.doctor_redis import check_redis
+from kvstore.cli.doctor_upstream import check_upstream
 from kvstore.cli.outcome import CommandFailed, ExitCode
 from kvstore.config import load_config
 
@@ -38,6 +39,7 @@ CHECKS: dict[str, Callable[[Subject], Iterable[Finding]]] = {
     "files": check_files,
     "disk": check_disk,
     "redis": check_redis,
+    "upstream": check_upstream,
     "listen": check_listen,
     "node": check_node,
     "clock": check_clock,
@@ -76,7 +78,7 @@ def _print_lines(found: Iterable[tuple[str, Finding]]) -> bool:
     failed = False
     for name, finding in found:
         line = Text(f"{finding.level.value:<4}", style=_STYLES[finding.level])
-        line.append(f"  {name:<7}  ", style="bold")
+        line.append(f"  {name:<8}  ", style="bold")
         line.append(" ".join(finding.found.split()), style="default")
         if finding.fix:
             line.append(f": {finding.fix}", style="default")

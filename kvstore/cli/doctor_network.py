@@ -34,7 +34,7 @@ def check_node(subject: Subject) -> Iterator[Finding]:
     """The node at `subject.target`; without one, that of the configuration."""
     target = subject.target or reachable(subject.config.listen_addresses[0])
     try:
-        health, stat, answer_s = _ask(target, subject.deadline_s)
+        health, stat, answer_s = ask(target, subject.deadline_s)
     except CommandFailed as error:
         yield fail(str(error), "start it, or correct --target")
         return
@@ -59,7 +59,7 @@ def running_node(subject: Subject) -> pb.StatResponse | None:
     """What the node that is configured so says, if it runs."""
     for address in subject.config.listen_addresses:
         try:
-            return _ask(reachable(address), PROBE_S)[1]
+            return ask(reachable(address), PROBE_S)[1]
         except CommandFailed:
             continue
     return None
@@ -73,7 +73,7 @@ def reachable(address: str) -> str:
 
 def _listen(address: str) -> Finding:
     try:
-        _, stat, _ = _ask(reachable(address), PROBE_S)
+        _, stat, _ = ask(reachable(address), PROBE_S)
     except CommandFailed:
         return _free(address, "listen")
     found = f"{_named(address, stat)} runs there"
@@ -113,7 +113,7 @@ def _free_path(path: Path) -> Finding:
     return ok(f"unix:{path} is free")
 
 
-def _ask(target: str, deadline_s: float) -> tuple[int, pb.StatResponse, float]:
+def ask(target: str, deadline_s: float) -> tuple[int, pb.StatResponse, float]:
     """(health, Stat, seconds that Stat took). Raises CommandFailed."""
     with connect(target, deadline_s) as remote:
         health = health_pb2_grpc.HealthStub(remote.channel).Check(

@@ -44,9 +44,9 @@ class Rates:
 
     @property
     def hit_ratio(self) -> float | None:
-        """Of the chunks asked for, those found here or in the shared tier; None where none was asked for."""
+        """Of the chunks asked for, those found here, in the shared tier or upstream; None where none was asked for."""
         asked = self._count("lookup_chunks", "hit") + self._count("lookup_chunks", "miss")
-        found = self._count("lookup_chunks", "hit") + self._count("lookup_chunks", "shared")
+        found = sum(self._count("lookup_chunks", result) for result in ("hit", "shared", "upstream"))
         return found / asked if asked else None
 
     @property

@@ -41,6 +41,11 @@ def size(value: float) -> str:
     return f"{value:.3g} TiB"
 
 
+def upstream_state(state: str) -> str:
+    """Of a circuit, as what it means for the node."""
+    return "asked" if state == "closed" else f"away ({state})"
+
+
 def stat_json(stat: pb.StatResponse) -> dict[str, Any]:
     return {
         "version": stat.version,
@@ -61,6 +66,7 @@ def stat_json(stat: pb.StatResponse) -> dict[str, Any]:
             }
             for tier in stat.tiers
         ],
+        "upstreams": [{"address": each.address, "state": each.state} for each in stat.upstreams],
         "counters": dict(sorted(stat.counters.items())),
     }
 
@@ -72,6 +78,8 @@ def stat_tables(stat: pb.StatResponse) -> Iterable[Table]:
     node.add_row("leases", str(stat.leases))
     node.add_row("pinned", size(stat.pinned_bytes))
     node.add_row("staged", f"{stat.staged_objects} objects, {size(stat.staged_bytes)}")
+    for upstream in stat.upstreams:
+        node.add_row("upstream", f"{upstream.address}, {upstream_state(upstream.state)}")
     yield node
     tiers = Table("tier", "objects", "used", "capacity", "full")
     for tier in stat.tiers:

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from kvstore.cli.outcome import CommandFailed, ExitCode
 
 _SECONDS = "kvstore_operation_seconds"
-_QUEUES = {"disk": "kvstore_disk_queue_bytes", "redis": "kvstore_redis_queue_bytes"}
+_QUEUES = {tier: f"kvstore_{tier}_queue_bytes" for tier in ("disk", "redis", "upstream")}
 
 
 @dataclass(frozen=True)

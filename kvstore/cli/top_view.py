@@ -14,7 +14,7 @@ from kvstore.cli.rates import Rates
 from kvstore_proto.v1 import store_pb2 as pb
 
 BAR_WIDTH = 12
-HEALTHY = ("ok", "closed")  # states of the disk, and of the circuit to Redis
+HEALTHY = ("ok", "closed")  # states of the disk, and of the circuits to Redis and upstream
 
 
 def view(rates: Rates, target: str) -> RenderableType:
@@ -71,8 +71,12 @@ def _traffic(rates: Rates) -> Table:
     hit = "–" if rates.hit_ratio is None else f"{100 * rates.hit_ratio:.1f} %"
     grid.add_row(
         "lookups",
-        f"{_number(rates.asked)} chunks/s, {hit} hit, {_number(rates.rate('lookup_chunks', 'shared'))}/s shared",
+        f"{_number(rates.asked)} chunks/s, {hit} hit, {_number(rates.rate('lookup_chunks', 'shared'))}/s shared, "
+        f"{_number(rates.rate('lookup_chunks', 'upstream'))}/s upstream",
     )
+    for upstream in stat.upstreams:
+        style = "" if upstream.state in HEALTHY else "bold red"
+        grid.add_row("upstream", Text(f"{upstream.address} {render.upstream_state(upstream.state)}", style=style))
     grid.add_row("reads", _by_label(rates, "reads_by_quality") + f", {_number(rates.rate('reads', 'none'))}/s missed")
     grid.add_row("puts", _by_label(rates, "puts") + f", {render.size(rates.rate('stored_bytes'))}/s")
     tiers = [render.tier_name(tier.tier) for tier in stat.tiers]

@@ -12,7 +12,7 @@ import hashlib
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +34,17 @@ STORED_AS = {quality: stored for stored, qualities in prompt.READ_FROM.items() f
 
 
 class Decoder:
-    def __init__(self, target: str, cache: Path) -> None:
+    """Reads through its sidecar, and from the node itself where it says so."""
+
+    def __init__(self, sidecar: str, node: str, cache: Path) -> None:
         self._model, tokenizer = load(cache)
         self._model_float32 = copy.deepcopy(self._model).float()
         self._tokens = prompt.prompt_tokens(tokenizer)
         self._detokenise = tokenizer.decode
         self._layout = layout_for(self._model, chunk_tokens=prompt.CHUNK_TOKENS)
         self._registry = CollectorRegistry()
-        self._client = Client(target, deadline=GET_DEADLINE_S, registry=self._registry)
+        self._client = Client(sidecar, deadline=GET_DEADLINE_S, registry=self._registry)
+        self._node = Client(node, deadline=GET_DEADLINE_S, registry=CollectorRegistry())
 
     def measure(self) -> dict[str, Any]:
         """Every quality: what was restored, from how many bytes, how fast, and what the model makes of it."""
@@ -71,26 +74,32 @@ class Decoder:
         return {"rows": rows, "continuation": self._detokenise(expected), "continuation_tokens": len(expected)}
 
     def get_all(self) -> dict[str, Any]:
-        """What each quality restores now, or as soon as the node answers: tokens and a digest of the KV."""
+        """What each quality restores from the node now, or as soon as it answers: tokens and a digest of the KV."""
         self._wait_for_node()
         restored = {}
         for quality in STORED_AS:
-            kv, tokens, _ = self._get(quality)
+            kv, tokens = self._namespace(self._node, quality).get(self._tokens, quality=quality)
             restored[quality] = {"tokens": tokens, "kv_digest": _digest(kv)}
         return restored
 
     def get_while_down(self) -> dict[str, Any]:
-        """A get from a dead node: a miss, soon."""
+        """A get from a dead node: a miss, soon. From the sidecar: what it has read before."""
         began = time.perf_counter()
-        _, tokens = self._namespace("lossless").get(self._tokens, deadline=DOWN_DEADLINE_S)
-        return {"tokens": tokens, "seconds": time.perf_counter() - began, "deadline_seconds": DOWN_DEADLINE_S}
+        _, tokens = self._namespace(self._node, "lossless").get(self._tokens, deadline=DOWN_DEADLINE_S)
+        seconds = time.perf_counter() - began
+        began = time.perf_counter()
+        _, beside = self._namespace(self._client, "lossless").get(self._tokens)
+        return {
+            "tokens": tokens, "seconds": seconds, "deadline_seconds": DOWN_DEADLINE_S,
+            "sidecar": {"tokens": beside, "seconds": time.perf_counter() - began},
+        }  # fmt: skip
 
     def _wait_for_node(self) -> None:
         """A client reconnects within about a second; until then it answers misses."""
         end = time.monotonic() + GET_DEADLINE_S
         while True:
             try:
-                self._client.stat(deadline=1.0)
+                self._node.stat(deadline=1.0)
             except KvClientError:
                 if time.monotonic() > end:
                     raise
@@ -98,12 +107,12 @@ class Decoder:
             else:
                 return
 
-    def _namespace(self, quality: str) -> Any:
-        return self._client.namespace(self._layout, extras=prompt.salt(STORED_AS[quality]))
+    def _namespace(self, client: Client, quality: str) -> Any:
+        return client.namespace(self._layout, extras=prompt.salt(STORED_AS[quality]))
 
     def _get(self, quality: str) -> tuple[Any, int, int]:
         before = self._received()
-        kv, tokens = self._namespace(quality).get(self._tokens, quality=quality)
+        kv, tokens = self._namespace(self._client, quality).get(self._tokens, quality=quality)
         return kv, tokens, self._received() - before
 
     def _received(self) -> int:
@@ -175,8 +184,10 @@ def _mean_kl(reference: Any, other: Any) -> float:
     return float((reference.exp() * (reference - other)).sum(-1).mean())
 
 
-def start(target: str, cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]]:
-    decoder = Decoder(target, cache)
+def start(targets: Sequence[str], cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]]:
+    """`targets`: the sidecar, and the node upstream of it."""
+    sidecar, node = targets
+    decoder = Decoder(sidecar, node, cache)
     return {"measure": decoder.measure, "get_all": decoder.get_all, "get_while_down": decoder.get_while_down}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from kvstore_client.integrations.transformers import kv_from_cache, layout_for, 
 PUT_DEADLINE_S = 60.0
 
 
-def start(target: str, cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]]:
+def start(targets: Sequence[str], cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]]:
+    """`targets`: the node."""
+    (target,) = targets
     model, tokenizer = load(cache)
     tokens = prompt.prompt_tokens(tokenizer)
     layout = layout_for(model, chunk_tokens=prompt.CHUNK_TOKENS)

@@ -103,24 +103,38 @@ class Process:
 
 def start_node(port: int, folder: Path) -> tuple[Process, dict[str, Any]]:
     """A node with a disk tier in `folder`, and its ready line."""
-    node = Process(
+    return _start(
         "node",
-        ["kvstore", "serve", "--listen", f"127.0.0.1:{port}", "--disk-path", str(folder / "disk"), "--node-id", "demo",
+        ["serve", "--listen", f"127.0.0.1:{port}", "--disk-path", str(folder / "disk"), "--node-id", "demo",
          "--host-capacity", "1GiB", "--disk-capacity", "4GiB"],
-        folder / "node.log",
+        folder,
     )  # fmt: skip
+
+
+def start_sidecar(port: int, folder: Path) -> tuple[Process, dict[str, Any]]:
+    """A sidecar of the decode worker in RAM, whose upstream is the node, and its ready line."""
+    return _start(
+        "sidecar",
+        ["sidecar", "--listen", f"unix:{folder / 'sidecar.sock'}", "--upstream", f"127.0.0.1:{port}",
+         "--node-id", "demo-sidecar", "--host-capacity", "1GiB", "--upstream-timeout-ms", "1000"],
+        folder,
+    )  # fmt: skip
+
+
+def _start(name: str, command: Sequence[str], folder: Path) -> tuple[Process, dict[str, Any]]:
+    process = Process(name, ["kvstore", *command], folder / f"{name}.log")
     try:
-        return node, node.line(START_S_MAX)
+        return process, process.line(START_S_MAX)
     except DemoFailed:
-        node.kill()
+        process.kill()
         raise
 
 
-def start_worker(name: str, port: int, cache: Path, folder: Path) -> Process:
+def start_worker(name: str, targets: Sequence[str], cache: Path, folder: Path) -> Process:
     """`kvstore.demo.NAME`, which loads the model meanwhile."""
     return Process(
         name,
-        [f"kvstore.demo.{name}", "--target", f"127.0.0.1:{port}", "--cache", str(cache)],
+        [f"kvstore.demo.{name}", *(word for target in targets for word in ("--target", target)), "--cache", str(cache)],
         folder / f"{name}.log",
         asked=True,
     )

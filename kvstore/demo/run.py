@@ -1,4 +1,7 @@
-"""The demo from start to end: node, prefill, decode, kill -9, restart, fetch again; and what must hold of it."""
+"""The demo from start to end: node, prefill, decode, kill -9, restart, fetch again; and what must hold of it.
+
+The decode worker reads through a sidecar, whose cache outlives the node.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from kvstore.demo import prompt
 from kvstore.demo.model import NAME, model_folder
-from kvstore.demo.processes import free_port, start_node, start_worker
+from kvstore.demo.processes import free_port, start_node, start_sidecar, start_worker
 
 EXACT = ("raw", "lossless")
 
@@ -25,9 +28,12 @@ def run(cache: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
         folder = Path(scratch)
         node, ready = start_node(port, folder)
         try:
-            on_progress(f"node: pid {ready['pid']} serves {ready['addresses'][0]}, RAM and disk")
-            with start_worker("decode", port, cache, folder) as decode:
-                with start_worker("prefill", port, cache, folder) as prefill:
+            address = ready["addresses"][0]
+            on_progress(f"node: pid {ready['pid']} serves {address}, RAM and disk")
+            sidecar, beside = start_sidecar(port, folder)
+            with sidecar, start_worker("decode", [beside["addresses"][0], address], cache, folder) as decode:
+                on_progress(f"sidecar: pid {sidecar.pid} beside the decode worker, upstream of it the node")
+                with start_worker("prefill", [address], cache, folder) as prefill:
                     on_progress(f"prefill: pid {prefill.pid} loads the model")
                     put = prefill.ask("put", on_progress)
                 on_progress(f"decode: pid {decode.pid} continues from what another process computed")
@@ -36,6 +42,8 @@ def run(cache: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
                 on_progress(f"node: pid {ready['pid']} killed with SIGKILL")
                 down = decode.ask("get_while_down", on_progress)
                 on_progress(f"decode: get from the dead node: {down['tokens']} tokens after {down['seconds']:.2f} s")
+                kept = down["sidecar"]
+                on_progress(f"decode: get from the sidecar: {kept['tokens']} tokens after {kept['seconds']:.2f} s")
                 node, ready = start_node(port, folder)
                 on_progress(f"node: restarted as pid {ready['pid']}, {ready['objects']} objects on disk")
                 again = decode.ask("get_all", on_progress)
@@ -67,6 +75,8 @@ def problems(report: dict[str, Any]) -> list[str]:
         found.append("lossless: other values than raw")
     if report["while_down"]["tokens"]:
         found.append("a get from a dead node found something")
+    if report["while_down"]["sidecar"]["tokens"] != expected:
+        found.append("the sidecar did not keep what it had read when the node was dead")
     if report["while_down"]["seconds"] > 1.5 * report["while_down"]["deadline_seconds"]:
         found.append(f"a get from a dead node took {report['while_down']['seconds']:.2f} s")
     return found

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 THREADS = 2  # the same in both workers, so that both compute the same bits
 
 
-def serve(start: Callable[[str, Path], Mapping[str, Callable[[], dict[str, Any]]]]) -> None:
-    """Loads by `start(target, cache)`, then answers the names in what it returned until stdin ends."""
+def serve(start: Callable[[Sequence[str], Path], Mapping[str, Callable[[], dict[str, Any]]]]) -> None:
+    """Loads by `start(targets, cache)`, then answers the names in what it returned until stdin ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--target", required=True)
+    parser.add_argument("--target", required=True, action="append")
     parser.add_argument("--cache", type=Path, required=True)
     arguments = parser.parse_args()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import kvstore_codec as codec
 from kvstore.engine.holdings import Holdings
 from kvstore.engine.model import Offer, Outcome, Result
-from kvstore.engine.shared import Shared
+from kvstore.engine.outside import Outside, PutObject
 from kvstore.engine.stage import Stage, Staged, bytes_of
 from kvstore.index.entry import Described, ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
@@ -22,14 +22,14 @@ class Commit:
     """One commit of one stage. `remember` is told the layout before its first object is stored."""
 
     def __init__(
-        self, stage: Stage, holdings: Holdings, shared: Shared | None, metrics: NodeMetrics,
-        remember: Callable[[KVLayout], None], *, durable: bool, retention: Retention | None, wait_for_shared: bool,
+        self, stage: Stage, holdings: Holdings, outside: Outside, metrics: NodeMetrics,
+        remember: Callable[[KVLayout], None], *, durable: bool, retention: Retention | None,
     ) -> None:  # fmt: skip
         self._stage, self._holdings, self._metrics, self._remember = stage, holdings, metrics, remember
-        self._shared, self._wait_for_shared = shared, wait_for_shared
+        self._outside = outside
         self._durable, self._retention = durable, retention
         self._keys = stage.keys
-        self._sent: list[asyncio.Future[bool]] = []  # to the shared tier
+        self._sent: list[asyncio.Future[bool]] = []  # elsewhere, to be waited for
 
     async def run(self) -> list[Result]:
         """See Node.commit. Frees the stage."""
@@ -39,7 +39,7 @@ class Commit:
                 for key, (outcome, _) in zip(self._keys, settled, strict=True):
                     if outcome != "rejected":
                         await self._persisted(key)
-            if self._wait_for_shared and self._sent:
+            if self._sent:
                 await asyncio.wait(self._sent)
             return [
                 Result(outcome, reason, outcome != "rejected" and self._is_durable(key))
@@ -81,10 +81,10 @@ class Commit:
         finally:
             if isinstance(staged, Reserved) and not staged.adopted:
                 self._holdings.host.release(staged)
-        if settled[0] == "stored" and self._shared is not None:
-            sent = self._shared.write(key, offer.parent, header.quality, data)
-            if sent is not None:
-                self._sent.append(sent)
+        if settled[0] == "stored":
+            stage = self._stage
+            put = PutObject(stage.layout, key, offer.parent, stage.first_chunk, header.quality, data)
+            self._sent += self._outside.write(put)
         return settled
 
     async def _store(self, key: ObjectKey, described: Described, data: Staged) -> Settled:

@@ -13,8 +13,8 @@ from typing import Literal, TypeVar
 
 import kvstore_codec as codec
 from kvstore.engine.disk_queue import DiskQueue, MayGo, anything
+from kvstore.engine.outside import FoundObject
 from kvstore.engine.room import Room
-from kvstore.engine.shared import SharedObject
 from kvstore.engine.stage import Staged, bytes_of
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey, Retention
@@ -180,13 +180,18 @@ class Holdings:
         if self._is_admitted(entry.key):
             self.persist(entry, may_go)
 
-    def take_in(self, key: ObjectKey, found: SharedObject) -> None:
-        """Keeps in memory what was read from the shared tier, where that costs nothing that was used since."""
+    def take_in(self, key: ObjectKey, found: FoundObject) -> None:
+        """Keeps in memory what was read elsewhere, where that costs nothing that was used since."""
         length, index = len(found.data), self.index
         # What is on its way to disk and nowhere else is not in the index yet: it comes there, maybe as another version.
         known = index.row_of(key) is not None or self.room.is_writing(key)
         if found.whole and not known and self.room.in_host(key, length, used_before=index.uses):
             self._hold_in_host(key, found.described, found.described.layers, found.data)
+
+    def is_in_memory(self, key: ObjectKey, quality: Quality) -> bool:
+        """Whether a read at `quality` is answered from memory with all that is held at it."""
+        entry = self.index.get(key)
+        return entry is not None and entry.layers_in("host") >= min(entry.described.layers_for(quality), entry.layers)
 
     async def in_thread(self, function: Callable[[], R]) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._readers, function)

@@ -86,6 +86,14 @@ class TierStat:
 
 
 @dataclass(frozen=True)
+class UpstreamStat:
+    """`state`: of the circuit, "closed" where the node is asked."""
+
+    address: str
+    state: str
+
+
+@dataclass(frozen=True)
 class NodeStat:
     version: str
     node_id: str
@@ -98,3 +106,4 @@ class NodeStat:
     pinned_bytes: int
     tiers: list[TierStat]
     counters: dict[str, int]
+    upstreams: list[UpstreamStat]

@@ -11,7 +11,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -34,18 +34,18 @@ from kvstore.engine.model import (
     VerifyProgress,
 )  # fmt: skip
 from kvstore.engine.namespaces import Namespaces
+from kvstore.engine.opening import open_tiers
 from kvstore.engine.operations import Operations
+from kvstore.engine.outside import UNKNOWN, Chain, FoundObject, Outside, Place
 from kvstore.engine.pin_file import PinFile
-from kvstore.engine.shared import Shared, SharedEvents, SharedObject
+from kvstore.engine.prefetch import Prefetches
+from kvstore.engine.shared import open_shared
 from kvstore.engine.stage import Stage, Staged
-from kvstore.errors import DiskUnusable, InvalidRequest
+from kvstore.engine.upstream_open import open_upstream
+from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
-from kvstore.policies.choice import POLICIES
-from kvstore.tiers.disk import DiskTier
-from kvstore.tiers.disk_admission import RejectFirst
-from kvstore.tiers.host import HostTier, Reserved
-from kvstore.tiers.redis_open import open_redis
+from kvstore.tiers.host import Reserved
 from kvstore_codec import KVLayout, Quality
 
 __all__ = [
@@ -53,7 +53,8 @@ __all__ = [
     "Stage", "TierStat", "Verdict", "VerifyProgress",
 ]  # fmt: skip
 
-REDIS_PATIENCE = 2  # timeouts: a lookup and a fetch of one get wait for Redis, and their caller's deadline is near
+RESULT_OF_TIER = {"redis": "shared", "upstream": "upstream"}  # of lookups, as metrics name it
+READ_OUTSIDE_MAX = 64  # objects asked for at a time
 
 
 class Node:
@@ -64,11 +65,10 @@ class Node:
         metrics: NodeMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._config, self._holdings, self._namespaces = config, holdings, namespaces
-        redis = open_redis(config, SharedEvents(metrics))
-        self._shared = None
-        if redis is not None:
-            patience_s = REDIS_PATIENCE * config.redis_timeout_ms / 1000
-            self._shared = Shared(redis, metrics, writes=config.redis_write != "off", patience_s=patience_s)
+        self._upstream, self._shared = open_upstream(config, metrics), open_shared(config, metrics)
+        places: list[Place | None] = [self._upstream, self._shared]
+        self._outside = Outside([place for place in places if place is not None])
+        self._prefetches = Prefetches(self._read_raw, metrics)
         self._metrics, self._clock = metrics, clock
         self.operations = Operations(holdings, namespaces, pin_file, self._on_disk, metrics, clock)
         self._started_s = clock()
@@ -83,11 +83,11 @@ class Node:
         """A node with what its disk holds. Raises DiskUnusable, TierFailed."""
         registry = CollectorRegistry() if registry is None else registry
         metrics = NodeMetrics(registry)
-        opened = await asyncio.to_thread(_open_tiers, config, metrics, clock)
+        opened = await asyncio.to_thread(open_tiers, config, metrics, clock)
         node, holdings = cls(config, *opened, metrics, clock), opened[0]
         tiers = holdings.tiers
+        node._outside.start()
         if node._shared is not None:
-            node._shared.start()
             tiers.append(node._shared.tier)
         metrics.watch(registry, tiers, node._gauges())
         return node
@@ -111,18 +111,24 @@ class Node:
         self._metrics.seconds.labels("lookup").observe(time.perf_counter() - began_s)
         return result
 
-    async def find(self, namespace_id: bytes, hashes: Sequence[bytes], part: int, lease_ms: int) -> LookupResult:
-        """`lookup`, and where what is held here ends, what the shared tier has of the rest, which no lease holds."""
+    async def find(
+        self, namespace_id: bytes, hashes: Sequence[bytes], part: int, lease_ms: int, first_chunk: bytes = b""
+    ) -> LookupResult:  # fmt: skip
+        """`lookup`, and where what is held here ends, what is elsewhere of the rest.
+
+        `first_chunk`: hash of the prompt's first chunk; empty: it is the first of `hashes`."""
         found = self.lookup(namespace_id, hashes, part, lease_ms)
-        if self._shared is None or len(found) == len(hashes):
+        if len(found) == len(hashes):
             return found
-        more = await self._shared.find(namespace_id, hashes[len(found) :], part)
-        self._metrics.lookup_chunks.labels("shared").inc(len(more))
+        chain = Chain.of(namespace_id, hashes, part, first_chunk).after(len(found))
+        more = await self._outside.find(chain, min(lease_ms, self._config.lease_ms_max))
+        for each in more:
+            self._metrics.lookup_chunks.labels(RESULT_OF_TIER[each.tier]).inc()
         return LookupResult(
             [*found.tokens, *(each.tokens for each in more)], [*found.qualities, *(each.quality for each in more)],
             [*found.provenances, *(each.provenance for each in more)],
-            [*found.stored_bytes, *(each.length for each in more)], [*found.tiers, *("redis" for _ in more)],
-            found.lease_id, found.lease_ms,
+            [*found.stored_bytes, *(each.stored_bytes for each in more)],
+            [*found.tiers, *(each.tier for each in more)], found.lease_id, found.lease_ms,
         )  # fmt: skip
 
     def renew(self, lease_id: bytes, lease_ms: int) -> int:
@@ -149,34 +155,61 @@ class Node:
             self._metrics.reads.labels("none").inc()
         return data
 
-    async def read_chain(self, keys: Sequence[ObjectKey], quality: Quality) -> AsyncGenerator[memoryview, None]:
-        """`read` of each, in order, up to the first miss; what is not held here comes from the shared tier, several
-        objects at a time."""
-        at = 0
+    async def read_chain(
+        self, keys: Sequence[ObjectKey], quality: Quality, first_chunk: bytes = b"", start: int = 0
+    ) -> AsyncGenerator[memoryview, None]:  # fmt: skip
+        """`read` of each from key `start` on, in order, up to the first miss; what is not held here comes from
+        elsewhere. `first_chunk`: as of `find`."""
+        at = start
         while at < len(keys):
             data = await self.read(keys[at], quality)
             if data is not None:
                 at += 1
                 yield data
                 continue
-            found = await self._read_shared(keys[at:], quality)
-            if not found:
+            missed_at = at
+            async with aclosing(self._read_outside(keys, at, quality, first_chunk)) as objects:
+                async for found in objects:
+                    at += 1
+                    yield found.data
+            if at == missed_at:
                 return
-            for each in found:
-                yield each.data
-            at += len(found)
 
-    async def _read_shared(self, keys: Sequence[ObjectKey], quality: Quality) -> list[SharedObject]:
-        if self._shared is None:
-            return []
-        index = self._holdings.index
-        absent = list(itertools.takewhile(lambda key: key == keys[0] or index.row_of(key) is None, keys))
-        deletes = self._deletes
-        found = await self._shared.read(absent, quality)
-        if deletes == self._deletes:  # else it may be what was deleted meanwhile
-            for key, each in zip(absent, found, strict=False):
-                self._holdings.take_in(key, each)
-        return found
+    def _read_outside(
+        self, keys: Sequence[ObjectKey], at: int, quality: Quality, first_chunk: bytes
+    ) -> AsyncGenerator[FoundObject, None]:
+        """Of the keys from `at` on, up to the first that is held here: that of `at` was, and is not any more."""
+        index, deletes = self._holdings.index, self._deletes
+
+        def keep(key: ObjectKey, found: FoundObject) -> None:
+            if deletes == self._deletes:  # else it may be what was deleted meanwhile
+                self._holdings.take_in(key, found)
+
+        absent = itertools.takewhile(lambda key: index.row_of(key) is None, keys[at + 1 : at + READ_OUTSIDE_MAX])
+        hashes = (keys[at].chunk_hash, *(key.chunk_hash for key in absent))
+        before = keys[at - 1].chunk_hash if at else UNKNOWN
+        first_chunk = first_chunk or keys[0].chunk_hash
+        chain = Chain(keys[at].namespace_id, hashes, keys[at].part, first_chunk, before)
+        return self._outside.read(chain, quality, keep)
+
+    def _read_raw(
+        self, keys: Sequence[ObjectKey], first_chunk: bytes, start: int
+    ) -> AsyncGenerator[memoryview, None]:  # fmt: skip
+        return self.read_chain(keys, Quality.RAW, first_chunk, start)
+
+    def prefetch(
+        self, namespace_id: bytes, hashes: Sequence[bytes], part: int, quality: Quality, first_chunk: bytes = b""
+    ) -> tuple[int, int]:
+        """(chunks that memory holds at `quality`, or as well as they are held at all; chunks that are looked for now).
+
+        What memory lacks is brought there whole, from disk or elsewhere, in the background, where that costs nothing
+        that was used since."""
+        keys = [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in hashes]
+        in_memory = [self._holdings.is_in_memory(key, quality) for key in keys]
+        held = sum(in_memory)
+        if held == len(keys) or not self._prefetches.start(keys, in_memory.index(False), first_chunk):
+            return held, 0
+        return held, len(keys) - held
 
     @contextmanager
     def shared_memory(self) -> Iterator[tuple[int, int]]:
@@ -192,8 +225,12 @@ class Node:
         """Where in that memory something is that `read` gave, for as long as somebody holds it; None: elsewhere."""
         return self._holdings.host.place_of(data)
 
-    def offer(self, namespace_id: bytes, layout_bytes: bytes, part: int, objects: Sequence[Offer]) -> Stage:
-        """Decides what a writer should send and reserves room for it. Raises InvalidRequest."""
+    def offer(
+        self, namespace_id: bytes, layout_bytes: bytes, part: int, objects: Sequence[Offer], first_chunk: bytes = b""
+    ) -> Stage:
+        """Decides what a writer should send and reserves room for it. `first_chunk`: as of `find`.
+
+        Raises InvalidRequest."""
         layout = self._namespaces.check(namespace_id, layout_bytes)
         if part >= layout.partition.parts:
             raise InvalidRequest("the layout has no such part", part=part, parts=layout.partition.parts)
@@ -209,7 +246,7 @@ class Node:
             else:
                 verdicts.append("send")
                 staged += offered.object_bytes
-        stage = Stage(layout, part, objects, verdicts, self._allocate, self._release)
+        stage = Stage(layout, part, objects, verdicts, self._allocate, self._release, first_chunk)
         self._staged_objects += stage.reserved_objects
         self._staged_bytes += stage.reserved_bytes
         return stage
@@ -225,8 +262,8 @@ class Node:
         durable = durable or self._config.disk_write == "through"
         with self._metrics.seconds.labels("commit").time():
             results = await Commit(
-                stage, self._holdings, self._shared, self._metrics, self._remember, durable=durable,
-                retention=retention, wait_for_shared=self._config.redis_write == "through",
+                stage, self._holdings, self._outside, self._metrics, self._remember, durable=durable,
+                retention=retention,
             ).run()  # fmt: skip
         index = self._holdings.index
         rows = [row for row in map(index.row_of, stage.keys) if row is not None]
@@ -244,9 +281,8 @@ class Node:
         removed = self._delete_here(namespace_id, keys)
         if keys is None:
             self._forget(namespace_id)
-        if self._shared is not None:
-            await (self._shared.purge(namespace_id) if keys is None else self._shared.delete(keys))
-            self._delete_here(namespace_id, keys)  # again: what was read from there until it was deleted there
+        await (self._outside.purge(namespace_id) if keys is None else self._outside.delete(keys))
+        self._delete_here(namespace_id, keys)  # again: what was read from there until it was deleted there
         await self._holdings.wait_for_writes()
         return removed
 
@@ -275,12 +311,13 @@ class Node:
             pinned_bytes=holdings.pins.soft_bytes + holdings.pins.hard_bytes,
             tiers=[TierStat(tier.name, tier.objects, tier.used_bytes, tier.capacity_bytes) for tier in tiers],
             counters=self._metrics.snapshot(),
+            upstreams=self._upstream.states() if self._upstream is not None else [],
         )
 
     async def aclose(self) -> None:
         """Finishes the writes that are queued and lets the tiers go."""
-        if self._shared is not None:
-            await self._shared.aclose()
+        await self._prefetches.aclose()
+        await self._outside.aclose()
         await self._holdings.aclose()
 
     def _gauges(self) -> dict[str, tuple[str, Callable[[], float]]]:
@@ -295,6 +332,10 @@ class Node:
             "redis_queue_bytes": (
                 "Bytes on their way to Redis.", lambda: self._shared.pending_bytes if self._shared else 0
             ),
+            "upstream_queue_bytes": (
+                "Bytes on their way upstream.", lambda: self._upstream.pending_bytes if self._upstream else 0
+            ),
+            "prefetches": ("Hints that are being followed.", lambda: len(self._prefetches)),
             "leases": ("Leases held.", lambda: len(holdings.leases)),
             "soft_pinned_bytes": ("Bytes of objects pinned for a while.", lambda: holdings.pins.soft_bytes),
             "hard_pinned_bytes": ("Bytes of objects pinned for good.", lambda: holdings.pins.hard_bytes),
@@ -357,35 +398,3 @@ class Node:
 
         if self._holdings.queue is not None:
             self._holdings.queue.start(counted)
-
-
-def _open_tiers(
-    config: NodeConfig, metrics: NodeMetrics, clock: Callable[[], float]
-) -> tuple[Holdings, Namespaces, PinFile | None]:  # fmt: skip
-    floor = None if config.degrade_floor == "none" else Quality.parse(config.degrade_floor)
-
-    def holdings(host: HostTier, disk: DiskTier | None) -> Holdings:
-        return Holdings(
-            host, disk, metrics, clock, policy=POLICIES[config.eviction_policy], floor=floor,
-            disk_write=config.disk_write, admission=RejectFirst() if config.disk_admission == "second-use" else None,
-            soft_pin_share=config.soft_pin_share, hard_pin_share=config.hard_pin_share,
-        )  # fmt: skip
-
-    host = HostTier(config.host_capacity, config.huge_pages)
-    if config.disk_path is None:
-        return holdings(host, None), Namespaces(None), None
-    disk = DiskTier(config.disk_path, config.disk_capacity)
-    try:
-        held = holdings(host, disk)
-        pin_file = PinFile(config.disk_path / "pins.json")
-        for key in pin_file.load():
-            row = held.index.row_of(key)
-            if row is not None:
-                held.pins.pin(row, held.index.described(row).length, None, clock())
-        return held, Namespaces(config.disk_path / "namespaces"), pin_file
-    except OSError as error:
-        disk.close()
-        raise DiskUnusable(f"disk_path {config.disk_path} cannot be used: {error.strerror}") from error
-    except BaseException:
-        disk.close()
-        raise

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import kvstore_codec as codec
+from kvstore.config import NodeConfig
+from kvstore.engine.outside import Chain, FoundChunk, FoundObject, Keep, PutObject
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, StoredObject
 from kvstore.tiers.circuit import State
 from kvstore.tiers.redis import OBJECT_BYTES_MAX, READ_BYTES_MAX, RedisTier
+from kvstore.tiers.redis_open import open_redis
 from kvstore.tiers.redis_server import FailureKind
 from kvstore_codec import Quality
 
@@ -26,15 +29,8 @@ READ_THREADS = WRITE_THREADS = 4  # apart, so that questions do not wait behind 
 BATCH_OBJECTS = 16  # described and read together
 PENDING_BYTES_MAX = 128 << 20  # on their way; beyond it a write is dropped: the next put of the object writes it
 PROBE_S = 5.0
+PATIENCE = 2  # timeouts: a lookup and a fetch of one get wait for Redis, and their caller's deadline is near
 R = TypeVar("R")
-
-
-class SharedObject(NamedTuple):
-    """An object, or its prefix that reads at the quality asked for. `whole`: it is all that is stored."""
-
-    described: Described
-    data: memoryview
-    whole: bool
 
 
 class SharedEvents:
@@ -58,11 +54,13 @@ class SharedEvents:
 
 
 class Shared:
-    """`writes`: whether what is put here goes there too. `patience_s`: longest wait for an answer. `start` begins to
-    watch it, `aclose` ends that."""
+    """A Place. `writes`: whether what is put here goes there too; `waits`: and is waited for. `patience_s`: longest
+    wait for an answer."""
 
-    def __init__(self, tier: RedisTier, metrics: NodeMetrics, *, writes: bool, patience_s: float) -> None:
-        self.tier = tier
+    def __init__(
+        self, tier: RedisTier, metrics: NodeMetrics, *, writes: bool, waits: bool, patience_s: float
+    ) -> None:  # fmt: skip
+        self.tier, self.waits = tier, waits
         self._metrics, self._writes, self._patience_s = metrics, writes, patience_s
         self._readers = ThreadPoolExecutor(READ_THREADS, "kvstore-redis-read")
         self._writers = ThreadPoolExecutor(WRITE_THREADS, "kvstore-redis-write")
@@ -78,18 +76,24 @@ class Shared:
     def start(self) -> None:
         self._watch = asyncio.get_running_loop().create_task(self._probe())
 
-    async def find(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> list[StoredObject]:
-        """The longest stored prefix of a chain."""
-        return await self._in_time(lambda: self.tier.find(namespace_id, hashes, part), [])
+    async def find(self, chain: Chain, lease_ms: int) -> list[FoundChunk]:
+        nothing: list[StoredObject] = []
+        stored = await self._in_time(lambda: self.tier.find(chain.namespace_id, chain.hashes, chain.part), nothing)
+        return [
+            FoundChunk(each.tokens, each.quality, each.provenance, each.length, self.tier.name) for each in stored
+        ]  # fmt: skip
 
-    async def read(self, keys: Sequence[ObjectKey], quality: Quality) -> list[SharedObject]:
-        """The first of these objects, in order, up to the first that is not there, is damaged, or does not fit in one
-        answer."""
-        return await self._in_time(lambda: self._read(keys[:BATCH_OBJECTS], quality), [])
+    async def read(self, chain: Chain, quality: Quality, keep: Keep) -> AsyncGenerator[FoundObject, None]:
+        """As many as fit in one answer."""
+        keys = [chain.key(at) for at in range(min(len(chain), BATCH_OBJECTS))]
+        nothing: list[FoundObject] = []
+        for key, found in zip(keys, await self._in_time(lambda: self._read(keys, quality), nothing), strict=False):
+            keep(key, found)
+            yield found
 
-    def write(self, key: ObjectKey, parent: bytes, quality: Quality, data: Bytes) -> asyncio.Future[bool] | None:
-        """Sends an object there; the result is whether it arrived. None where it is too large for there, or too much is
-        on its way."""
+    def write(self, put: PutObject) -> asyncio.Future[bool] | None:
+        """None also where it is too large for there, or too much is on its way."""
+        key, data = put.key, put.data
         if not self._writes:
             return None
         if len(data) > OBJECT_BYTES_MAX:
@@ -101,7 +105,7 @@ class Shared:
             self._metrics.warn_once("redis queue", "redis is slower than puts are: some objects do not go there")
             return None
         self._pending_bytes += len(data)
-        task = asyncio.ensure_future(self._put(key, parent, quality, data))
+        task = asyncio.ensure_future(self._put(key, put.parent, put.quality, data))
         self._under_way[task] = key
         task.add_done_callback(lambda task: self._under_way.pop(task))
         return task
@@ -166,7 +170,7 @@ class Shared:
         self._metrics.warn_once("redis late", "redis answers too slowly: a miss")
         return otherwise
 
-    def _read(self, keys: Sequence[ObjectKey], quality: Quality) -> list[SharedObject]:
+    def _read(self, keys: Sequence[ObjectKey], quality: Quality) -> list[FoundObject]:
         wanted: list[tuple[StoredObject, Described, int]] = []
         room = READ_BYTES_MAX
         for stored in self.tier.describe(keys):
@@ -178,13 +182,13 @@ class Shared:
             if room < 0:
                 break
             wanted.append((stored, described, length))
-        found: list[SharedObject] = []
+        found: list[FoundObject] = []
         bodies = self.tier.read_many([(stored.key, length) for stored, _, length in wanted]) if wanted else []
         for (stored, described, length), data in zip(wanted, bodies, strict=True):
             if data is None or not self._intact(stored, data):
                 break
             self._metrics.count_read("redis", described.quality_of(described.layer_bytes.index(length) + 1), length)
-            found.append(SharedObject(described, data, whole=length == described.length))
+            found.append(FoundObject(described, data, whole=length == described.length))
         return found
 
     def _intact(self, stored: StoredObject, data: memoryview) -> bool:
@@ -200,6 +204,17 @@ class Shared:
                 self.tier.delete(stored.key)
             return False
         return ObjectKey.of(header) == stored.key
+
+
+def open_shared(config: NodeConfig, metrics: NodeMetrics) -> Shared | None:
+    """None where no Redis is configured. Raises ConfigError."""
+    redis = open_redis(config, SharedEvents(metrics))
+    if redis is None:
+        return None
+    return Shared(
+        redis, metrics, writes=config.redis_write != "off", waits=config.redis_write == "through",
+        patience_s=PATIENCE * config.redis_timeout_ms / 1000,
+    )  # fmt: skip
 
 
 def described_of(stored: StoredObject) -> Described:

@@ -24,13 +24,15 @@ class Stage:
 
     `allocate`: memory's room for one of `offers`, by its index, or a buffer; `release`: gives back such room. Only
     the event loop's thread calls its methods; what `buffer` returns may be written by another, until `take` or
-    `close`."""
+    `close`. `first_chunk`: hash of the prompt's first chunk; empty: it is the first that is offered."""
 
     def __init__(
         self, layout: KVLayout, part: int, offers: Sequence[Offer], verdicts: Sequence[Verdict],
         allocate: Callable[[Stage, int], Staged], release: Callable[[Stage, Sequence[Staged]], None],
+        first_chunk: bytes = b"",
     ) -> None:  # fmt: skip
         self.layout = layout
+        self.first_chunk = first_chunk or next((offer.hash for offer in offers), b"")
         self.part = part
         self.offers = list(offers)
         self.verdicts = list(verdicts)

@@ -34,6 +34,7 @@ async def put(node: Node, context: Context, *, stream_idle_s: float, metrics: St
             Offer(offered.chunk_hash, offered.parent_hash, offered.object_bytes, Quality(offered.quality))
             for offered in offer.objects
         ],
+        offer.first_chunk_hash,
     )
     try:
         with IdleLimit(stream_idle_s) as idle:

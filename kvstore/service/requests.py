@@ -68,12 +68,19 @@ def lease_id(value: bytes) -> bytes:
     return value
 
 
-def fetch(request: pb.FetchRequest) -> tuple[list[ObjectKey], Quality]:
-    """The objects that a fetch names, in order, and the best quality it wants of them."""
+def first_chunk(value: bytes) -> bytes:
+    """Empty: not said."""
+    if value and len(value) != HASH_BYTES:
+        raise InvalidRequest(f"first_chunk_hash must be {HASH_BYTES} bytes", bytes=len(value))
+    return value
+
+
+def fetch(request: pb.FetchRequest) -> tuple[list[ObjectKey], Quality, bytes]:
+    """The objects that a fetch names, in order, the best quality it wants of them, and the prompt's first chunk."""
     namespace_id, of_part = namespace(request.namespace_id), part(request.part)
     lease_id(request.lease_id)
     keys = [ObjectKey(namespace_id, chunk_hash, of_part) for chunk_hash in hashes(request.chunk_hashes)]
-    return keys, quality(request.quality)
+    return keys, quality(request.quality), first_chunk(request.first_chunk_hash)
 
 
 def hash_prefix(value: bytes) -> bytes:
@@ -117,6 +124,7 @@ def put_offer(first: pb.PutRequest) -> pb.PutOffer:
         if not 0 < offered.object_bytes <= OBJECT_BYTES_MAX:
             raise InvalidRequest(f"object_bytes must be 1–{OBJECT_BYTES_MAX}", object_index=index)
         quality(offered.quality)
+    first_chunk(offer.first_chunk_hash)
     if len({offered.chunk_hash for offered in offer.objects}) != len(offer.objects):
         raise InvalidRequest("an offer names each chunk once")
     retention(offer)

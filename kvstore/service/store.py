@@ -30,6 +30,7 @@ class StoreService(pb_grpc.StoreServicer):
             requests.hashes(request.chunk_hashes),
             requests.part(request.part),
             request.lease_ms,
+            requests.first_chunk(request.first_chunk_hash),
         )
         return wire.lookup_response(found)
 
@@ -49,6 +50,16 @@ class StoreService(pb_grpc.StoreServicer):
             requests.part(request.part),
         )
         return pb.DeleteResponse(objects=objects, bytes=freed)
+
+    async def Prefetch(self, request: pb.PrefetchRequest, context: Context) -> pb.PrefetchResponse:  # noqa: N802
+        held, under_way = self._node.prefetch(
+            requests.namespace(request.namespace_id),
+            requests.hashes(request.chunk_hashes),
+            requests.part(request.part),
+            requests.quality(request.quality),
+            requests.first_chunk(request.first_chunk_hash),
+        )
+        return pb.PrefetchResponse(held=held, under_way=under_way)
 
     async def Stat(self, request: pb.StatRequest, context: Context) -> pb.StatResponse:  # noqa: N802
         return wire.stat_response(self._node.stat())

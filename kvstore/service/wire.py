@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from kvstore.engine import node as engine
 from kvstore_proto.v1 import store_pb2 as pb
 
-_TIERS = {"gpu": pb.TIER_GPU, "host": pb.TIER_HOST, "disk": pb.TIER_DISK, "redis": pb.TIER_REDIS}
+_TIERS = {
+    "gpu": pb.TIER_GPU, "host": pb.TIER_HOST, "disk": pb.TIER_DISK, "redis": pb.TIER_REDIS,
+    "upstream": pb.TIER_UPSTREAM,
+}  # fmt: skip
 _VERDICTS = {"send": pb.VERDICT_SEND, "have": pb.VERDICT_HAVE, "refused": pb.VERDICT_REFUSED}
 _OUTCOMES = {"stored": pb.OUTCOME_STORED, "have": pb.OUTCOME_HAVE, "rejected": pb.OUTCOME_REJECTED}
 
@@ -100,4 +103,5 @@ def stat_response(stat: engine.NodeStat) -> pb.StatResponse:
             for tier in stat.tiers
         ],
         counters=stat.counters,
+        upstreams=[pb.UpstreamStat(address=each.address, state=each.state) for each in stat.upstreams],
     )

@@ -29,9 +29,12 @@ class Circuit:
     """Safe to use from any thread. Each `allow()` that says yes is answered by `succeed()` or `fail()`; one that is
     not, since its thread died, stands in the way for one pause."""
 
-    def __init__(self, clock: Callable[[], float], rng: random.Random, failures_max: int = FAILURES_MAX) -> None:
+    def __init__(
+        self, clock: Callable[[], float], rng: random.Random, failures_max: int = FAILURES_MAX,
+        pause_s_max: float = PAUSE_S_MAX,
+    ) -> None:  # fmt: skip
         self._clock, self._rng = clock, rng
-        self._failures_max = failures_max
+        self._failures_max, self._pause_s_max = failures_max, pause_s_max
         self._lock = threading.Lock()
         self._state: State = "closed"
         self._failures = 0
@@ -71,7 +74,7 @@ class Circuit:
                 if self._failures < self._failures_max:
                     return False
             else:
-                self._pause_s = min(2 * self._pause_s, PAUSE_S_MAX)
+                self._pause_s = min(2 * self._pause_s, self._pause_s_max)
             self._state = "open"
             self._wait()
             return before == "closed"

@@ -16,8 +16,8 @@ def start_node(tmp_path: Path) -> Iterator[StartNode]:
     """Starts nodes with the given flags; kills those that the test left running."""
     started: list[NodeProcess] = []
 
-    def start(*flags: str, listen: str = "127.0.0.1:0") -> NodeProcess:
-        node = NodeProcess(tmp_path, *flags, listen=listen)
+    def start(*flags: str, listen: str = "127.0.0.1:0", role: str = "serve") -> NodeProcess:
+        node = NodeProcess(tmp_path, *flags, listen=listen, role=role)
         started.append(node)
         return node
 

@@ -60,6 +60,7 @@ def breakages() -> dict[str, Callable[[Any], None]]:
         "kill -9 lost an object": lambda r: r["after_restart"]["rows"]["high"].update(tokens=0),
         "kill -9 changed an object": lambda r: r["after_restart"]["rows"]["medium"].update(kv_digest="0"),
         "a dead node answered": lambda r: r["while_down"].update(tokens=1),
+        "the sidecar forgot": lambda r: r["while_down"]["sidecar"].update(tokens=256),
         "a dead node held the caller up": lambda r: r["while_down"].update(seconds=60.0),
     }
 

@@ -94,8 +94,8 @@ def test_lines_for_people() -> None:
     done = run("admin", "doctor", "--only", "version", "--only", "disk", COLUMNS="20")
     assert done.returncode == OK
     version, disk = done.stdout.splitlines()
-    assert version.startswith("ok    version  kvstore ")
-    assert disk.startswith("ok    disk     no disk_path")
+    assert version.startswith("ok    version   kvstore ")
+    assert disk.startswith("ok    disk      no disk_path")
 
 
 def test_wrong_usage_and_configuration(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_once_tells_rates(measured_node: NodeProcess) -> None:
         assert latency["per_s"] > 0
         assert 0 < latency["p50_ms"] <= latency["p99_ms"]
     assert rates["tier_states"] == {"disk": "ok"}
-    assert rates["queue_bytes"].keys() == {"disk", "redis"}
+    assert rates["queue_bytes"].keys() == {"disk", "redis", "upstream"}
     assert node.ready["node_id"] in text
     for word in ("host", "disk", "chunks/s", "stored", "p99", "commit"):
         assert word in text

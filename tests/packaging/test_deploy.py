@@ -62,7 +62,7 @@ def instruction(name: str) -> list[str]:
     return words
 
 
-NODE, REDIS = (compose()["services"][name] for name in ("node", "redis"))
+NODE, REDIS, SIDECAR = (compose()["services"][name] for name in ("node", "redis", "sidecar"))
 
 
 def config_of(service: dict[str, Any]) -> NodeConfig:
@@ -111,10 +111,15 @@ def test_the_build_copies_all_that_the_wheel_is_made_of() -> None:
 # What they say about resources.
 
 
-def test_the_limits_leave_room_for_what_the_node_is_told_to_hold() -> None:
-    config = config_of(NODE)
+@pytest.mark.parametrize("service", [NODE, SIDECAR], ids=["node", "sidecar"])
+def test_the_limits_leave_room_for_what_a_node_is_told_to_hold(service: dict[str, Any]) -> None:
+    config = config_of(service)
     needed = config.host_capacity + config.host_capacity // 16 + config.staged_bytes_max + REST_BYTES
-    assert int(TypeAdapter(ByteSize).validate_python(NODE["mem_limit"].replace("g", "GiB"))) >= needed
+    assert int(TypeAdapter(ByteSize).validate_python(service["mem_limit"].replace("g", "GiB"))) >= needed
+
+
+def test_what_else_the_node_and_redis_are_given() -> None:
+    config = config_of(NODE)
     redis_max = REDIS["command"][REDIS["command"].index("--maxmemory") + 1].removesuffix("gb")
     assert int(REDIS["mem_limit"].removesuffix("m")) << 20 > int(redis_max) << 30
     assert seconds(NODE["stop_grace_period"]) > config.shutdown_grace_s
@@ -209,6 +214,32 @@ def test_the_stack_serves_survives_redis_and_stops_in_time(stack: Stack) -> None
     lines = [json.loads(line) for line in stack.log.read_text().splitlines()]
     assert {line["node_id"] for line in lines} == {NODE["environment"]["KVSTORE_NODE_ID"]}
     assert any("redis" in line["event"] for line in lines if line["level"] == "warning")
+
+
+def test_the_sidecar_asks_the_node_and_is_found_healthy(stack: Stack, tmp_path: Path) -> None:
+    config = config_of(SIDECAR)
+    assert config.upstream_seeds == (f"node:{config_of(NODE).listen.rpartition(':')[2]}",)
+    assert f"127.0.0.1:7071:{config.listen.rpartition(':')[2]}" in SIDECAR["ports"]
+    assert all(path.startswith("/var/lib/kvstore/") for path in (str(config.disk_path), config.listen[len("unix:") :]))
+    assert SIDECAR["healthcheck"]["test"] == NODE["healthcheck"]["test"]
+    environment = {
+        **SIDECAR["environment"], "PATH": f"{BIN}:{os.environ['PATH']}", "KVSTORE_HOST_CAPACITY": "64MiB",
+        "KVSTORE_UPSTREAM": f"127.0.0.1:{stack.node_port}", "KVSTORE_METRICS_LISTEN": "127.0.0.1:0",
+        "KVSTORE_LISTEN": f"unix:{tmp_path}/sidecar.sock,127.0.0.1:0", "KVSTORE_DISK_PATH": str(tmp_path / "sidecar"),
+    }  # fmt: skip
+    wait_until(stack.healthy, "the node is healthy", deadline_s=seconds(NODE["healthcheck"]["start_period"]))
+    with (tmp_path / "sidecar.log").open("wb") as log:
+        sidecar = subprocess.Popen(
+            [*instruction("ENTRYPOINT"), *SIDECAR["command"]], stdout=subprocess.DEVNULL, stderr=log,
+            env=clean_environment(**environment),
+        )  # fmt: skip
+    try:
+        check_health = SIDECAR["healthcheck"]["test"][1:]
+        wait_until(lambda: run(check_health, environment).returncode == 0, "the sidecar is healthy", deadline_s=60)
+        doctor = run(["kvstore", "admin", "doctor", "--only", "upstream"], environment)
+        assert doctor.returncode == 0, doctor.stdout.decode()
+    finally:
+        end(sidecar)
 
 
 # What Prometheus and Grafana are told.

@@ -34,12 +34,13 @@ class NodeProcess:
     """Runs until `stop()` or `kill()`; `ready` is its ready line, `address` where it listens first."""
 
     def __init__(
-        self, folder: Path, *flags: str, listen: str = "127.0.0.1:0", command: Sequence[str | Path] = (KVSTORE,)
-    ) -> None:
+        self, folder: Path, *flags: str, listen: str = "127.0.0.1:0", command: Sequence[str | Path] = (KVSTORE,),
+        role: str = "serve",
+    ) -> None:  # fmt: skip
         self.log_path = folder / f"node-{time.monotonic_ns()}.log"
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                [*command, "serve", "--listen", listen, *flags],
+                [*command, role, "--listen", listen, *flags],
                 stdout=subprocess.PIPE, stderr=log, env=clean_environment(),
             )  # fmt: skip
         self._channel: grpc.Channel | None = None

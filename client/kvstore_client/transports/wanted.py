@@ -12,16 +12,19 @@ from kvstore_proto.v1 import store_pb2 as pb
 
 @dataclass(frozen=True)
 class Wanted:
-    """`chunks` of a prompt at `quality`, none of an effective quality under `min_quality`."""
+    """`chunks` of a prompt at `quality`, none of an effective quality under `min_quality`. `first_chunk`: hash of the
+    prompt's first chunk, where it is not among them."""
 
     layout: KVLayout
     part: int
     chunks: Sequence[ChunkHit]
     quality: Quality
     min_quality: Quality
+    first_chunk: bytes = b""
 
     def request(self, lease_id: bytes) -> pb.FetchRequest:
         return pb.FetchRequest(
             namespace_id=self.layout.namespace_id, chunk_hashes=b"".join(chunk.hash for chunk in self.chunks),
             part=self.part, quality=self.quality, lease_id=lease_id,
+            first_chunk_hash=self.first_chunk,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvstore.engine.node import Node, ObjectKey, Offer, Result, Stage
+from kvstore.engine.node import Node, Offer, Result, Stage
 from kvstore.errors import Code, InvalidRequest, KvStoreError
 from kvstore.service import requests, wire
 from kvstore.service.boundary import Boundary
@@ -90,10 +90,10 @@ class Connection:
 
     def _fetch(self, payload: bytes) -> None:
         asked = transfer_pb2.BulkFetch.FromString(payload)
-        keys, quality = requests.fetch(asked.request)
+        keys, quality, first_chunk = requests.fetch(asked.request)
         places = asked.places and self._shared
         held: list[memoryview] = []
-        for index, stored in enumerate(self._objects(keys, quality)):
+        for index, stored in enumerate(self._objects(self._node.read_chain(keys, quality, first_chunk))):
             offset = self._node.place_of(stored) if places else None
             if offset is None:
                 self._socket.send(Kind.OBJECT, index, stored)
@@ -110,9 +110,8 @@ class Connection:
             self._socket.limit(self._stream_idle_s)
             self._socket.send(Kind.RELEASED, 0)
 
-    def _objects(self, keys: Sequence[ObjectKey], quality: Quality) -> Iterator[memoryview]:
+    def _objects(self, objects: AsyncGenerator[memoryview, None]) -> Iterator[memoryview]:
         """What is stored of a chain; while one batch is on its way, the next is read."""
-        objects = self._node.read_chain(keys, quality)
         upcoming = self._start(_batch(objects, 1))  # the first alone, at once
         try:
             while batch := upcoming.result():
@@ -186,7 +185,7 @@ async def _batch(objects: AsyncGenerator[memoryview, None], bytes_max: int) -> l
 
 
 async def _offered(node: Node, offer: store_pb2.PutOffer, offers: Sequence[Offer]) -> Stage:
-    return node.offer(offer.namespace_id, offer.layout, offer.part, offers)
+    return node.offer(offer.namespace_id, offer.layout, offer.part, offers, offer.first_chunk_hash)
 
 
 async def _committed(node: Node, stage: Stage, offer: store_pb2.PutOffer, arrived: Sequence[int]) -> list[Result]:

@@ -14,6 +14,7 @@ class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TIER_HOST: _ClassVar[Tier]
     TIER_DISK: _ClassVar[Tier]
     TIER_REDIS: _ClassVar[Tier]
+    TIER_UPSTREAM: _ClassVar[Tier]
 
 class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -38,6 +39,7 @@ TIER_GPU: Tier
 TIER_HOST: Tier
 TIER_DISK: Tier
 TIER_REDIS: Tier
+TIER_UPSTREAM: Tier
 DURABILITY_MEMORY: Durability
 DURABILITY_DISK: Durability
 VERDICT_UNSPECIFIED: Verdict
@@ -50,16 +52,18 @@ OUTCOME_HAVE: Outcome
 OUTCOME_REJECTED: Outcome
 
 class LookupRequest(_message.Message):
-    __slots__ = ("namespace_id", "chunk_hashes", "part", "lease_ms")
+    __slots__ = ("namespace_id", "chunk_hashes", "part", "lease_ms", "first_chunk_hash")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     chunk_hashes: bytes
     part: int
     lease_ms: int
-    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    first_chunk_hash: bytes
+    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., lease_ms: _Optional[int] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
 
 class LookupResponse(_message.Message):
     __slots__ = ("lease_id", "lease_ms", "tokens", "quality", "provenance", "stored_bytes", "tier")
@@ -94,18 +98,20 @@ class RenewResponse(_message.Message):
     def __init__(self, lease_ms: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id")
+    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id", "first_chunk_hash")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     chunk_hashes: bytes
     part: int
     quality: int
     lease_id: bytes
-    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., lease_id: _Optional[bytes] = ...) -> None: ...
+    first_chunk_hash: bytes
+    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., lease_id: _Optional[bytes] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("chunk_index", "object_bytes", "offset", "data")
@@ -134,20 +140,22 @@ class PutRequest(_message.Message):
     def __init__(self, offer: _Optional[_Union[PutOffer, _Mapping]] = ..., commit: _Optional[_Union[PutCommit, _Mapping]] = ..., object_index: _Optional[int] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class PutOffer(_message.Message):
-    __slots__ = ("namespace_id", "layout", "part", "durability", "objects", "retention")
+    __slots__ = ("namespace_id", "layout", "part", "durability", "objects", "retention", "first_chunk_hash")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
     OBJECTS_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     layout: bytes
     part: int
     durability: Durability
     objects: _containers.RepeatedCompositeFieldContainer[ObjectOffer]
     retention: Retention
-    def __init__(self, namespace_id: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., part: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., objects: _Optional[_Iterable[_Union[ObjectOffer, _Mapping]]] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
+    first_chunk_hash: bytes
+    def __init__(self, namespace_id: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., part: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., objects: _Optional[_Iterable[_Union[ObjectOffer, _Mapping]]] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
 
 class Retention(_message.Message):
     __slots__ = ("priority", "seconds")
@@ -226,7 +234,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes")
+    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes", "upstreams")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +253,7 @@ class StatResponse(_message.Message):
     TIERS_FIELD_NUMBER: _ClassVar[int]
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    UPSTREAMS_FIELD_NUMBER: _ClassVar[int]
     version: str
     node_id: str
     uptime_seconds: float
@@ -256,7 +265,16 @@ class StatResponse(_message.Message):
     tiers: _containers.RepeatedCompositeFieldContainer[TierStat]
     counters: _containers.ScalarMap[str, int]
     pinned_bytes: int
-    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ...) -> None: ...
+    upstreams: _containers.RepeatedCompositeFieldContainer[UpstreamStat]
+    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ..., upstreams: _Optional[_Iterable[_Union[UpstreamStat, _Mapping]]] = ...) -> None: ...
+
+class UpstreamStat(_message.Message):
+    __slots__ = ("address", "state")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    state: str
+    def __init__(self, address: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class TierStat(_message.Message):
     __slots__ = ("tier", "objects", "used_bytes", "capacity_bytes")
@@ -345,3 +363,25 @@ class VerifyResponse(_message.Message):
     damaged_hash: bytes
     problem: str
     def __init__(self, checked: _Optional[int] = ..., total: _Optional[int] = ..., damaged_hash: _Optional[bytes] = ..., problem: _Optional[str] = ...) -> None: ...
+
+class PrefetchRequest(_message.Message):
+    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "first_chunk_hash")
+    NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    FIRST_CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
+    namespace_id: bytes
+    chunk_hashes: bytes
+    part: int
+    quality: int
+    first_chunk_hash: bytes
+    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
+
+class PrefetchResponse(_message.Message):
+    __slots__ = ("held", "under_way")
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    UNDER_WAY_FIELD_NUMBER: _ClassVar[int]
+    held: int
+    under_way: int
+    def __init__(self, held: _Optional[int] = ..., under_way: _Optional[int] = ...) -> None: ...

@@ -74,6 +74,11 @@ class StoreStub(object):
                 request_serializer=kvstore__proto_dot_v1_dot_store__pb2.VerifyRequest.SerializeToString,
                 response_deserializer=kvstore__proto_dot_v1_dot_store__pb2.VerifyResponse.FromString,
                 _registered_method=True)
+        self.Prefetch = channel.unary_unary(
+                '/kvstore.v1.Store/Prefetch',
+                request_serializer=kvstore__proto_dot_v1_dot_store__pb2.PrefetchRequest.SerializeToString,
+                response_deserializer=kvstore__proto_dot_v1_dot_store__pb2.PrefetchResponse.FromString,
+                _registered_method=True)
 
 
 class StoreServicer(object):
@@ -133,6 +138,14 @@ class StoreServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Prefetch(self, request, context):
+        """A hint that these chunks will be read: what memory does not hold is brought there, from disk or from where the
+        node's own misses go. The answer does not wait for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -175,6 +188,11 @@ def add_StoreServicer_to_server(servicer, server):
                     servicer.Verify,
                     request_deserializer=kvstore__proto_dot_v1_dot_store__pb2.VerifyRequest.FromString,
                     response_serializer=kvstore__proto_dot_v1_dot_store__pb2.VerifyResponse.SerializeToString,
+            ),
+            'Prefetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Prefetch,
+                    request_deserializer=kvstore__proto_dot_v1_dot_store__pb2.PrefetchRequest.FromString,
+                    response_serializer=kvstore__proto_dot_v1_dot_store__pb2.PrefetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -393,6 +411,33 @@ class Store(object):
             '/kvstore.v1.Store/Verify',
             kvstore__proto_dot_v1_dot_store__pb2.VerifyRequest.SerializeToString,
             kvstore__proto_dot_v1_dot_store__pb2.VerifyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Prefetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvstore.v1.Store/Prefetch',
+            kvstore__proto_dot_v1_dot_store__pb2.PrefetchRequest.SerializeToString,
+            kvstore__proto_dot_v1_dot_store__pb2.PrefetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,180 @@
+"""A sidecar whose upstream is gone in one way or another: its clients have what it holds, and misses for the rest, at
+once but for the first; nothing they get is wrong; and when the upstream is back it is used again by itself."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import kv_objects as kv
+import pytest
+from node_process import NodeProcess
+from oracle import CHUNK_TOKENS, LAYOUT, Conversation
+from polling import wait_until
+from prometheus_client import CollectorRegistry
+from relay import Relay
+
+from kvstore_client import Client
+from kvstore_codec import Quality
+
+DEADLINE_S = 2.0
+SLACK_S = 0.5  # for a busy machine to schedule us
+FAULT_S = 1.5
+RECOVERY_S_MAX = 10.0  # promised are two seconds, on a machine that has nothing else to do
+TIMEOUT_MS = 250
+CHUNKS = 4
+pytestmark = pytest.mark.slow
+
+
+class Stack:
+    """An upstream behind a relay, a sidecar, and a client of it whose every answer is checked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.upstream = NodeProcess(folder, "--host-capacity", "256MiB", "--log-level", "warning")
+        self.relay = Relay(int(self.upstream.address.rpartition(":")[2]))
+        self.sidecar = NodeProcess(
+            folder, "--upstream", self.relay.address, "--upstream-timeout-ms", str(TIMEOUT_MS),
+            "--host-capacity", "256MiB", listen=f"unix://{folder}/sidecar.sock", role="sidecar",
+        )  # fmt: skip
+        self.client = Client(self.sidecar.address, deadline=DEADLINE_S, registry=CollectorRegistry())
+        self._cache = self.client.namespace(LAYOUT)
+
+    def put_upstream(self, talk: Conversation) -> None:
+        kv.put(self.upstream.store, LAYOUT, talk.objects(CHUNKS, "high"))
+
+    def get(self, talk: Conversation) -> int:
+        """How many chunks came, each right and all in time."""
+        began_s = time.monotonic()
+        values, tokens = self._cache.get(talk.tokens(CHUNKS))
+        assert time.monotonic() - began_s < DEADLINE_S + SLACK_S
+        assert talk.wrong_chunks(values, tokens, Quality.HIGH) == []
+        return int(tokens) // CHUNK_TOKENS
+
+    def put(self, talk: Conversation) -> int:
+        result = self._cache.put(talk.tokens(CHUNKS), talk.kv(CHUNKS))
+        return result.stored + result.have
+
+    def counters(self) -> Counter[str]:
+        return Counter(self.client.stat(deadline=30.0).counters)
+
+    def failures(self, call: str) -> int:
+        return sum(count for name, count in self.counters().items() if f".{call}." in name and "upstream_fail" in name)
+
+    def start_upstream_again(self) -> None:
+        self.upstream = NodeProcess(
+            self.folder, "--host-capacity", "256MiB", "--log-level", "warning", listen=self.upstream.address
+        )
+
+    def close(self) -> None:
+        self.client.close()
+        self.relay.close()
+        self.sidecar.kill()
+        self.upstream.process.send_signal(signal.SIGCONT)
+        self.upstream.kill()
+
+
+@pytest.fixture
+def stack(tmp_path: Path) -> Iterator[Stack]:
+    found = Stack(tmp_path)
+    yield found
+    found.close()
+
+
+def killed(stack: Stack) -> Callable[[], None]:
+    stack.upstream.kill()
+    return stack.start_upstream_again
+
+
+def stopped(stack: Stack) -> Callable[[], None]:
+    stack.upstream.process.send_signal(signal.SIGSTOP)
+    return lambda: stack.upstream.process.send_signal(signal.SIGCONT)
+
+
+def swallowed(stack: Stack) -> Callable[[], None]:
+    stack.relay.swallow()
+    return stack.relay.let_pass
+
+
+@pytest.mark.parametrize("fault", [killed, stopped, swallowed])
+def test_upstream_is_gone_and_comes_back(stack: Stack, fault: Callable[[Stack], Callable[[], None]]) -> None:
+    here, there = Conversation(1), [Conversation(number) for number in range(100, 200)]
+    assert stack.put(here) == CHUNKS
+    for talk in there[:2]:
+        stack.put_upstream(talk)
+    wait_until(lambda: stack.get(there[0]) == CHUNKS, "it is read from upstream")
+    heal = fault(stack)
+    began_s, reads = time.monotonic(), 0
+    for talk in itertools.cycle(there[1:]):
+        assert stack.get(talk) == 0
+        assert stack.get(here) == stack.get(there[0]) == CHUNKS, "what is here is a hit"
+        assert stack.put(Conversation(1000 + reads)) == CHUNKS
+        assert stack.get(Conversation(1000 + reads)) == CHUNKS
+        reads += 1
+        if time.monotonic() - began_s > FAULT_S and reads > 3:
+            break
+    told = stack.counters()
+    assert told[f"upstream_circuit_changes.{stack.relay.address}.open"] == 1
+    assert stack.failures("lookup") + stack.failures("put") + stack.failures("fetch") <= 2, "then it is not asked"
+    (state,) = (each.state for each in kv.stat(stack.sidecar.store).upstreams)
+    assert state != "closed"
+    heal()
+    healed_s = time.monotonic()
+    stack.put_upstream(there[99])
+    wait_until(lambda: stack.get(there[99]) == CHUNKS, "it is asked again", deadline_s=RECOVERY_S_MAX)
+    print(f"{reads} rounds without upstream; asked again after {time.monotonic() - healed_s:.2f} s")
+    late = Conversation(5000)
+    assert stack.put(late) == CHUNKS
+    hashes = late.hashes(CHUNKS)
+    wait_until(lambda: len(kv.lookup(stack.upstream.store, LAYOUT, hashes)) == CHUNKS, "puts go there again")
+    assert not [name for name in stack.counters() if name.startswith("integrity_failures")]
+
+
+def test_upstream_dies_while_a_prompt_is_read(stack: Stack) -> None:
+    """What came counts, the rest is a miss."""
+    talk = Conversation(1)
+    stack.put_upstream(talk)
+    wait_until(lambda: stack.get(talk) == CHUNKS, "it is read from upstream")
+    others = [Conversation(number) for number in range(10, 60)]
+    for other in others:
+        stack.put_upstream(other)
+    stack.relay.slow_down(1 << 14, 0.01)
+    killer = threading.Timer(0.2, stack.upstream.kill)
+    killer.start()
+    came = [stack.get(other) for other in others]
+    killer.join()
+    assert came[-1] == 0
+    assert stack.get(talk) == CHUNKS
+    stack.start_upstream_again()
+    fresh = Conversation(500)
+    stack.put_upstream(fresh)
+    stack.relay.speed_up()
+    wait_until(lambda: stack.get(fresh) == CHUNKS, "it is asked again", deadline_s=RECOVERY_S_MAX)
+
+
+def test_a_sidecar_starts_without_upstream(tmp_path: Path) -> None:
+    upstream = NodeProcess(tmp_path, "--host-capacity", "64MiB")
+    upstream.kill()
+    sidecar = NodeProcess(
+        tmp_path, "--upstream", upstream.address, "--host-capacity", "64MiB", listen=f"unix://{tmp_path}/sidecar.sock",
+        role="sidecar",
+    )  # fmt: skip
+    try:
+        with Client(sidecar.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+            cache, talk, other = client.namespace(LAYOUT), Conversation(1), Conversation(2)
+            assert cache.put(talk.tokens(CHUNKS), talk.kv(CHUNKS)).stored == CHUNKS
+            assert cache.get(talk.tokens(CHUNKS))[1] == CHUNKS * CHUNK_TOKENS
+            upstream = NodeProcess(tmp_path, "--host-capacity", "64MiB", listen=upstream.address)
+            kv.put(upstream.store, LAYOUT, other.objects(CHUNKS, "high"))
+            wait_until(
+                lambda: len(cache.lookup(other.tokens(CHUNKS)).chunks) == CHUNKS, "it is found",
+                deadline_s=RECOVERY_S_MAX,
+            )  # fmt: skip
+    finally:
+        sidecar.kill()
+        upstream.kill()
