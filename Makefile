@@ -38,7 +38,7 @@ demo: setup  ## prefill, store, decode, kill -9, go on: the main job on a real m
 	$(BIN)/kvstore demo --cache $(CACHE) $(if $(JSON),--out '$(JSON)')
 
 test: setup  ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25 --durations-min=2
 
 check: setup  ## formatting, lint, types, import order, freshness of generated files
 	$(BIN)/ruff format --check $(SOURCE)
