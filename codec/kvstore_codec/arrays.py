@@ -71,6 +71,16 @@ class PagedPlane(NamedTuple):
         page_tokens = self.pages.shape[1]
         return self.block_ids[at // page_tokens], at % page_tokens
 
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(page, first token in it, last token + 1) of each page that holds some of the tokens, in their order."""
+        page_tokens, end = int(self.pages.shape[1]), self.first_token + self.tokens
+        return [
+            (int(self.block_ids[number]), max(0, self.first_token - number * page_tokens),
+             min(page_tokens, end - number * page_tokens))
+            for number in range(self.first_token // page_tokens, -(-end // page_tokens))
+        ]  # fmt: skip
+
 
 Plane = Bits | PagedPlane
 #: one array `[layers, 2, tokens, kv_heads, head_dim]` of all planes, or each plane
