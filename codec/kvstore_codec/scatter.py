@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+from numpy.lib.stride_tricks import as_strided
+
 from kvstore_codec import _native, arrays, container, raw
 from kvstore_codec.api import check_header
-from kvstore_codec.arrays import KVArray, PagedPlane, Plane
+from kvstore_codec.arrays import Bits, KVArray, PagedPlane, Plane
 from kvstore_codec.container import Buffer, CodecId, ObjectHeader, Structure
 from kvstore_codec.errors import DamagedObject, ErrorCode, LayoutError
 from kvstore_codec.layout import KVLayout
@@ -47,14 +49,9 @@ def raw_destination(
     lengths = memoryview(table).cast("Q")[1::3].tolist()
     if sum(lengths) != header.raw_bytes or header.object_bytes != header.table_end + header.raw_bytes:
         raise DamagedObject("a raw segment has the wrong length", code=ErrorCode.STRUCTURE)
-    planes = arrays.planes_of(places)
-    runs: list[memoryview] = []
-    for index in _payload_order(structure):
-        plane_runs = _runs(planes[index])
-        if plane_runs is None:
-            return None
-        runs += plane_runs
-    if len(runs) > 1 and header.raw_bytes < RUN_BYTES_MIN * len(runs):
+    order = _payload_order(structure)
+    runs = _runs_of_planes(places, order) if isinstance(places, list) else _runs_of_array(places, order)
+    if runs is None or (len(runs) > 1 and header.raw_bytes < RUN_BYTES_MIN * len(runs)):
         return None
     return RawDestination(header, table, structure, runs, raw.native_planes(places, part_layout))
 
@@ -117,15 +114,36 @@ def _payload_order(structure: Structure) -> list[int]:
     ]
 
 
-def _runs(plane: Plane) -> list[memoryview] | None:
-    """The plane's bytes as they lie in memory, token by token; None where the pieces are small."""
-    parts: Sequence[arrays.Bits]
-    if isinstance(plane, PagedPlane):
-        parts = [plane.pages[page, first:last] for page, first, last in plane.pieces]
-    else:
-        parts = [plane] if plane.flags.c_contiguous else list(plane)
-    if plane.nbytes == 0:
-        return []
-    if not parts[0].flags.c_contiguous or (len(parts) > 1 and plane.nbytes < RUN_BYTES_MIN * len(parts)):
+def _runs_of_array(whole: Bits, order: list[int]) -> list[memoryview] | None:
+    """The planes' bytes as they lie in memory, those that follow one another as one; None where a plane's do not."""
+    layer_stride, side_stride = whole.strides[:2]
+    if not whole[0, 0].flags.c_contiguous or min(layer_stride, side_stride) < 0:
         return None
-    return [part.data.cast("B") for part in parts]
+    plane_bytes = int(whole[0, 0].nbytes)
+    elements = ((len(whole) - 1) * layer_stride + side_stride + plane_bytes) // whole.itemsize
+    span = as_strided(whole, (elements,), (whole.itemsize,)).data.cast("B")
+    runs: list[tuple[int, int]] = []
+    for index in order:
+        first = index // 2 * layer_stride + index % 2 * side_stride
+        if runs and runs[-1][1] == first:
+            runs[-1] = runs[-1][0], first + plane_bytes
+        else:
+            runs.append((first, first + plane_bytes))
+    return [span[first:last] for first, last in runs]
+
+
+def _runs_of_planes(planes: list[Plane], order: list[int]) -> list[memoryview] | None:
+    """The same of planes that lie apart, token by token; None where the pieces are small."""
+    runs: list[memoryview] = []
+    for plane in (planes[index] for index in order):
+        parts: Sequence[Bits]
+        if isinstance(plane, PagedPlane):
+            parts = [plane.pages[page, first:last] for page, first, last in plane.pieces]
+        else:
+            parts = [plane] if plane.flags.c_contiguous else list(plane)
+        if plane.nbytes == 0:
+            continue
+        if not parts[0].flags.c_contiguous or (len(parts) > 1 and plane.nbytes < RUN_BYTES_MIN * len(parts)):
+            return None
+        runs += [part.data.cast("B") for part in parts]
+    return runs

@@ -106,10 +106,20 @@ def test_what_is_better_decoded_is_not_received_in_place() -> None:
     assert raw_destination(lossless, LAYOUT, out, chunk_hash=HASH) is None
     by_heads = np.zeros((3, 2, 8, TOKENS, 128), KV.dtype).transpose(0, 1, 3, 2, 4)
     assert raw_destination(HEAD, LAYOUT, by_heads, chunk_hash=HASH) is None
+    backwards = np.zeros((3, 2, TOKENS, 8, 128), KV.dtype)[::-1]
+    assert raw_destination(HEAD, LAYOUT, backwards, chunk_hash=HASH) is None
     tiny = codec.KVLayout.uniform(model="m", revision="r", num_layers=2, kv_heads=1, head_dim=16, chunk_tokens=16)
     blob = codec.encode(random_kv(tiny, 16, 1), tiny, quality="raw")
     assert len(blob) < 4 * scatter.RUN_BYTES_MIN
-    assert raw_destination(blob, tiny, codec.empty(tiny, 16)) is None
+    assert raw_destination(blob, tiny, codec.empty(tiny, 32)[:, :, :16]) is None
+    assert raw_destination(blob, tiny, codec.empty(tiny, 16)) is not None  # the payload as it is
+
+
+def test_planes_that_follow_one_another_are_one_run() -> None:
+    whole = codec.empty(LAYOUT, TOKENS)
+    assert [len(piece) for _, piece in destination_of(whole).pieces] == [len(PAYLOAD)]
+    receive(destination_of(whole), PAYLOAD)
+    assert bits(whole) == bits(KV)
 
 
 def test_strangers_heads_are_refused() -> None:
