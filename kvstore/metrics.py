@@ -69,7 +69,7 @@ class NodeMetrics:
         self.puts = counter("puts", "Objects offered, by outcome.", "outcome")
         self.put_bytes = counter("stored_bytes", "Bytes of objects stored.")
         self.reads_by_quality = counter(
-            "reads_by_quality", "Objects read, by the quality they were read at.", "quality"
+            "reads_by_quality", "Objects read, by tier and by the quality they were read at.", "tier", "quality"
         )
         self.degradations = counter(
             "degradations", "Objects that lost their finest quality layer, by tier, quality left and reason.",
@@ -125,7 +125,7 @@ class NodeMetrics:
 
     def count_read(self, tier: str, quality: Quality, length: int) -> None:
         self.reads.labels(tier).inc()
-        self.reads_by_quality.labels(quality.label).inc()
+        self.reads_by_quality.labels(tier, quality.label).inc()
         self.read_bytes.labels(tier).inc(length)
         self.bytes.labels("read").observe(length)
 

@@ -51,7 +51,11 @@ class Holdings:
         capacity = max(tier.capacity_bytes for tier in self.tiers)
         self.pins = Pins(soft_bytes_max=int(soft_pin_share * capacity), hard_bytes_max=int(hard_pin_share * capacity))
         self.index = Index(
-            ("host", "disk"), policy, floor=floor, is_held=lambda row: self.leases.holds(row), on_forget=self._forget
+            ("host", "disk"),
+            policy,
+            floor=floor,
+            is_held=lambda row: self.leases.holds(row),
+            on_forget=self.pins.forget,
         )
         self.leases = Leases(self.index.columns)
         self._metrics, self._clock = metrics, clock
@@ -272,10 +276,6 @@ class Holdings:
         admitted = self._admission.admit(key)
         self._metrics.admissions.labels("written" if admitted else "held_back").inc()
         return admitted
-
-    def _forget(self, row: int) -> None:
-        self.leases.forget(row)
-        self.pins.forget(row)
 
     def _load(self, disk: DiskTier) -> None:
         now_s = self._clock()

@@ -312,6 +312,7 @@ class Node:
             tiers=[TierStat(tier.name, tier.objects, tier.used_bytes, tier.capacity_bytes) for tier in tiers],
             counters=self._metrics.snapshot(),
             upstreams=self._upstream.states() if self._upstream is not None else [],
+            unix_seconds=time.time(),
         )
 
     async def aclose(self) -> None:

@@ -45,7 +45,7 @@ class PrefixState(NamedTuple):
 class Index:
     def __init__(
         self, tiers: Sequence[str], policy: NewPolicy, *, floor: Quality | None = None,
-        is_held: Callable[[int], bool] = lambda _: False, on_forget: Callable[[int], None] = lambda _: None,
+        is_held: Callable[[int], bool] = lambda _: False, on_forget: Callable[[int], object] = lambda _: None,
     ) -> None:  # fmt: skip
         """`tiers`: names, fastest first. `floor`: quality below which nothing is shrunk; None: nothing is.
         `is_held`: whether a row must not go. `on_forget`: told of rows that did."""
@@ -174,13 +174,13 @@ class Index:
     def state(self, rows: Rows) -> PrefixState:
         """What a lookup tells of a prefix, as columns."""
         columns = self.columns
-        layers = np.stack([order.layers[rows] for order in self._orders.values()])
+        layers = np.array([order.layers.take(rows) for order in self._orders.values()])
         best = layers.max(axis=0)
         fastest = (layers == best).argmax(axis=0)  # the first of those that hold as much
         return PrefixState(
-            columns["tokens"][rows].tolist(),
-            (columns["quality"][rows] + columns["whole_layers"][rows] - best).tolist(),
-            columns["provenance"][rows].tolist(), columns["layer_bytes"][rows, best - 1].tolist(),
+            columns["tokens"].take(rows).tolist(),
+            (columns["quality"].take(rows) + columns["whole_layers"].take(rows) - best).tolist(),
+            columns["provenance"].take(rows).tolist(), columns["layer_bytes"][rows, best - 1].tolist(),
             [self.tiers[number] for number in fastest.tolist()],
         )  # fmt: skip
 

@@ -6,6 +6,8 @@ memory that one request can ask for; the messages themselves are bounded by `fra
 
 from __future__ import annotations
 
+import numpy as np
+
 from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey
 from kvstore_codec import Quality
@@ -40,7 +42,8 @@ def hashes(value: bytes) -> list[bytes]:
         raise InvalidRequest(f"chunk_hashes must be a multiple of {HASH_BYTES} bytes", bytes=len(value))
     if len(value) > HASHES_MAX * HASH_BYTES:
         raise InvalidRequest(f"at most {HASHES_MAX} chunk hashes a call", hashes=len(value) // HASH_BYTES)
-    return [value[at : at + HASH_BYTES] for at in range(0, len(value), HASH_BYTES)]
+    found: list[bytes] = np.frombuffer(value, f"V{HASH_BYTES}").tolist()  # a slice each takes eight times as long
+    return found
 
 
 def some_hashes(value: bytes) -> list[bytes]:

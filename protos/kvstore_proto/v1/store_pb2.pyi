@@ -234,7 +234,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes", "upstreams")
+    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes", "upstreams", "unix_seconds")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +254,7 @@ class StatResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPSTREAMS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     node_id: str
     uptime_seconds: float
@@ -266,7 +267,8 @@ class StatResponse(_message.Message):
     counters: _containers.ScalarMap[str, int]
     pinned_bytes: int
     upstreams: _containers.RepeatedCompositeFieldContainer[UpstreamStat]
-    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ..., upstreams: _Optional[_Iterable[_Union[UpstreamStat, _Mapping]]] = ...) -> None: ...
+    unix_seconds: float
+    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ..., upstreams: _Optional[_Iterable[_Union[UpstreamStat, _Mapping]]] = ..., unix_seconds: _Optional[float] = ...) -> None: ...
 
 class UpstreamStat(_message.Message):
     __slots__ = ("address", "state")
