@@ -5,8 +5,10 @@
 
 SmolLM2-135M in two worker processes, one thread each, and a node beside the prefill's; between node and decode a link
 of so many Mbit/s and 5 ms (0: none, loopback). The three ways take turns; figures are medians. The whole prompt is
-stored (`tail`), so the decode worker computes its last token alone. With an exact quality the tokens that it goes on
-with must be those of the worker that computed everything. On CPUs without bfloat16 arithmetic float32 is faster.
+stored (`tail`), so the decode worker computes its last token alone. *TTFT* is from the beginning of the prefill, *after
+prefill* from its end, *fetch* from the answer to the put: what a prompt costs that somebody has stored before. With an
+exact quality the tokens that it goes on with must be those of the worker that computed everything. On CPUs without
+bfloat16 arithmetic float32 is faster.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from kvstore_codec import Quality
 START_S = 600.0
 WARM_TOKENS = 64
 HEADINGS = ("tokens", "Mbit/s", "quality", "MB", "way", "prefill", "first layer", "last layer", "TTFT", "after prefill",
-            "× recompute")  # fmt: skip
+            "fetch", "TTFT ÷ recompute", "recompute ÷ fetch")  # fmt: skip
 
 
 def ask(worker: Process, name: str, **arguments: Any) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def timed(said: tuple[dict[str, Any], dict[str, Any]], quality: str, expected: S
         "stored": prefill["stored"] - began,
         "ttft": decode["first_at"] - began,
         "after_prefill": decode["first_at"] - prefill["computed"],
+        "fetch": None if layers else decode["first_at"] - prefill["stored"],
         "bytes": prefill["bytes"],
         "first_layer": layers[0] - began if layers else None,
         "last_written": prefill["layers"][-1] - began if layers else None,
@@ -100,12 +103,15 @@ def show(
     tokens: int, mbit: float, quality: str, way: str, runs: Sequence[dict[str, Any]], recomputed: Sequence[float]
 ) -> None:  # fmt: skip
     """One row of the table; seconds. `recomputed`: of the same rounds."""
-    names = ("prefill", "first_layer", "last_written", "ttft", "after_prefill")
+    names = ("prefill", "first_layer", "last_written", "ttft", "after_prefill", "fetch")
     seconds = [median(runs, name) for name in names]
     cells = [str(tokens), f"{mbit:g}" if mbit else "–", quality, f"{runs[0]['bytes'] / 1e6:.1f}", way]
     cells += ["–" if value is None else f"{value:.2f}" for value in seconds]
-    ratios = (run["ttft"] / each for run, each in zip(runs, recomputed, strict=True))
-    print("|", " | ".join([*cells, f"{statistics.median(ratios):.2f}"]), "|", flush=True)
+    rounds = list(zip(runs, recomputed, strict=True))
+    cells.append(f"{statistics.median(run['ttft'] / each for run, each in rounds):.2f}")
+    fetched = [each / run["fetch"] for run, each in rounds if run["fetch"] is not None]
+    cells.append(f"{statistics.median(fetched):.1f}" if fetched else "–")
+    print("|", " | ".join(cells), "|", flush=True)
 
 
 def main() -> None:
@@ -141,7 +147,7 @@ def main() -> None:
                                 measured = timed(said, quality, reference["chosen"])
                                 rounds.setdefault((mbit, quality, way), []).append(measured)
             recompute_s = statistics.median(recomputed)
-            print(f"| {tokens} | – | – | – | recompute | – | – | – | {recompute_s:.2f} | {recompute_s:.2f} | 1.00 |",
+            print(f"| {tokens} | – | – | – | recompute | – | – | – | {recompute_s:.2f} | – | – | 1.00 | – |",
                   flush=True)  # fmt: skip
             for (mbit, quality, way), runs in rounds.items():
                 show(tokens, mbit, quality, way, runs, recomputed)
