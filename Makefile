@@ -34,7 +34,7 @@ $(VENV)/installed: pyproject.toml $(wildcard codec/native/*)
 setup: $(VENV)/installed  ## make the virtual environment, with the package and everything for its development
 	@tests/packaging/install_redis.sh
 
-demo: setup  ## prefill, store, decode, kill -9, go on: the main job on a real model (JSON=path writes the figures)
+demo: setup  ## prefill, stream, store, decode, kill -9, go on: the main job on a real model (JSON=path writes the figures)
 	$(BIN)/kvstore demo --cache $(CACHE) $(if $(JSON),--out '$(JSON)')
 
 test: setup  ## every test

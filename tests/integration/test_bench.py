@@ -336,6 +336,23 @@ def test_a_route_that_gives_back_other_bytes_fails() -> None:
         transfer.turn(dataclasses.replace(honest, fetch=lambda: [b"what was pux"]))
 
 
+def test_a_streamed_run_is_timed_from_its_prefill_and_compared() -> None:
+    from bench.streaming import timed
+
+    prefill = {"began": 10.0, "computed": 12.0, "stored": 12.5, "layers": [10.5, 11.5], "bytes": 7, "kept": 32}
+    decode = {"first_at": 12.25, "restored": 31, "chosen": [1, 2], "layers": [10.75, 12.0]}
+    run = timed((prefill, decode), "lossless", [1, 2])
+    assert (run["prefill"], run["ttft"], run["after_prefill"]) == (2.0, 2.25, 0.25)
+    assert (run["first_layer"], run["last_written"], run["fetch"]) == (0.75, 1.5, None)
+    stored = {name: said for name, said in decode.items() if name != "layers"}
+    assert timed((prefill, {**stored, "first_at": 12.625}), "lossless", [1, 2])["fetch"] == 0.125
+    with pytest.raises(SystemExit, match="lossless: went on with"):
+        timed((prefill, decode), "lossless", [1, 3])
+    assert timed((prefill, decode), "low", [1, 3])["same_tokens"] is False
+    with pytest.raises(SystemExit, match="15 tokens were restored of 32"):
+        timed((prefill, {**decode, "restored": 15}), "low", [1, 2])
+
+
 def _flips_a_bit_in_decode(honest: Contestant, *, number: int) -> Contestant:
     calls = 0
 
