@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import math
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Iterator
 from typing import Any, Protocol, TypeVar
 
-from kvstore.engine.node import LookupResult, Node, ObjectKey
+from kvstore.engine.node import LookupResult, Node
 from kvstore.service import requests, wire
+from kvstore.service.chain import ChainReader
 from kvstore.service.streams import StreamMetrics
 from kvstore_codec import Quality
 from kvstore_proto.v1 import transfer_pb2
@@ -32,50 +32,6 @@ class OnLoop(Protocol):
     def __call__(self, coroutine: Coroutine[Any, Any, R], /) -> concurrent.futures.Future[R]: ...
 
 
-@dataclass
-class _Chain:
-    """Objects to be read in order; belongs to the event loop."""
-
-    node: Node
-    keys: Sequence[ObjectKey]
-    quality: Quality
-    first_chunk: bytes
-    bytes_max: float  # of a batch
-    taken: int = 0
-    slow: AsyncGenerator[memoryview, None] | None = field(default=None, init=False)
-
-    @property
-    def is_read(self) -> bool:
-        """Whether nothing is left to read; False is no promise."""
-        return self.taken == len(self.keys) and self.slow is None
-
-    def at_once(self) -> list[memoryview]:
-        """What memory holds of what comes next, about a batch."""
-        if self.slow is not None:
-            return []
-        batch = self.node.read_at_once(self.keys[self.taken :], self.quality, self.bytes_max)
-        self.taken += len(batch)
-        return batch
-
-    async def batch(self) -> list[memoryview]:
-        """The next objects; none at the end of what is stored."""
-        batch = self.at_once()
-        if batch or self.is_read:
-            return batch
-        bytes_max: float = BATCH_BYTES
-        if self.slow is None:
-            self.slow, bytes_max = self.node.read_chain(self.keys, self.quality, self.first_chunk, self.taken), 1
-        size = 0  # the first that takes time alone, as soon as it is there
-        while size < bytes_max and (stored := await anext(self.slow, None)) is not None:
-            batch.append(stored)
-            size += len(stored)
-        return batch
-
-    async def aclose(self) -> None:
-        if self.slow is not None:
-            await self.slow.aclose()
-
-
 class Fetches:
     """Answers those of one connection. All raise InvalidRequest, DecodeError, ConnectionEnded, NoProgress."""
 
@@ -84,15 +40,15 @@ class Fetches:
 
     def fetch(self, asked: transfer_pb2.BulkFetch, *, places: bool) -> list[memoryview]:
         """The objects whose places were told: to be held until the client releases them. `places`: they may be."""
-        chain = _Chain(self._node, *requests.fetch(asked.request), bytes_max=_batch_bytes(places))
+        chain = ChainReader(self._node, *requests.fetch(asked.request), _batch_bytes(places), BATCH_BYTES)
         return self._answer(chain, [], b"", places)
 
     def get(self, asked: transfer_pb2.BulkGet, *, places: bool) -> list[memoryview]:
         """As `fetch`."""
         lookup = requests.lookup(asked.lookup)
-        chain = _Chain(
+        chain = ChainReader(
             self._node, lookup.keys(), requests.quality(asked.quality), lookup.first_chunk,
-            _batch_bytes(places),
+            _batch_bytes(places), BATCH_BYTES,
         )  # fmt: skip
         found, batch = self._start(_found(chain, lookup, requests.quality(asked.min_quality))).result()
         try:
@@ -102,7 +58,7 @@ class Fetches:
             if found.lease_id:
                 self._start(_let_go(self._node, found.lease_id))
 
-    def _answer(self, chain: _Chain, batch: list[memoryview], before: bytes, places: bool) -> list[memoryview]:
+    def _answer(self, chain: ChainReader, batch: list[memoryview], before: bytes, places: bool) -> list[memoryview]:
         held: list[memoryview] = []
         outgoing: list[bytes | memoryview] = [before]
         index = 0
@@ -158,7 +114,7 @@ def _batch_bytes(places: bool) -> float:
     return math.inf if places else BATCH_BYTES
 
 
-async def _found(chain: _Chain, lookup: requests.Lookup, floor: Quality) -> tuple[LookupResult, list[memoryview]]:
+async def _found(chain: ChainReader, lookup: requests.Lookup, floor: Quality) -> tuple[LookupResult, list[memoryview]]:
     """What there is, and what memory holds of it, about a batch. The chain ends before what is worse than `floor`."""
     found = await chain.node.find(*lookup)
     effective = map(max, found.qualities, found.provenances)
