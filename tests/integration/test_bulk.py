@@ -27,7 +27,8 @@ from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
-from kvstore_client import AsyncClient, Client, InvalidArgument, bulk_getting
+from kvstore_client import AsyncClient, Client, InvalidArgument
+from kvstore_client.fetching import decode_object
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_proto.v1 import admin_pb2, store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import HEADER_BYTES, VERSION, Kind, frame, hello, parse_header
@@ -319,13 +320,12 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
         cache = client.namespace(LAYOUT)
         cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
         assert cache.get(TOKENS[:256])[1] == 256
-        decode = bulk_getting.decode_object
 
         def slowly(*arguments: Any) -> None:
             threading.Event().wait(2.0)
-            decode(*arguments)
+            decode_object(*arguments)
 
-        monkeypatch.setattr(bulk_getting, "decode_object", slowly)
+        monkeypatch.setattr("kvstore_client.bulk_getting.decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256
