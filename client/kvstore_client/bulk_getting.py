@@ -20,8 +20,8 @@ import kvstore_codec as codec
 from kvstore_client.coder import DeadlineCoder
 from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import DeadlineExceeded, KvClientError, ObjectForeign, Unavailable, from_codec
-from kvstore_client.fetching import Fetched, ProfileSource, check_object, decode_object, profile_named
+from kvstore_client.errors import DeadlineExceeded, KvClientError, Unavailable
+from kvstore_client.fetching import Fetched, ProfileSource, decode_object, profile_named
 from kvstore_client.lookups import good_enough, hits_of, lookup_request
 from kvstore_client.pace import Timing
 from kvstore_client.results import ChunkHit
@@ -30,13 +30,10 @@ from kvstore_client.transports.bulk_connection import BulkConnection
 from kvstore_client.transports.bulk_path import result_of
 from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
-from kvstore_codec.scatter import raw_destination
 
 RECEIVED_AHEAD = 4  # objects received and not decoded
-#: Smaller objects lie in so many small pieces that a copy from a buffer that is in the cache costs less.
-SCATTERED_BYTES_MIN = 2 << 20
-PIECE_BYTES = 512 << 10  # received at a time, and checked while a cache holds it
-HEAD_BYTES_MAX = 1 << 20  # of an object's header and segment table
+#: An exact object up to here is copied sooner than another thread would have taken it over.
+AT_ONCE_BYTES_MAX = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -175,25 +172,23 @@ class _Getting:
         last_s = time.monotonic()
         try:
             for index, found in enumerate(self._connection.objects(wanted.chunks, self._deadline)):
-                blob: Blob | Future[None]
                 if isinstance(found, memoryview):
-                    in_place, size = True, len(found)
+                    in_place = True
                     blob = Blob(found, in_place=True)
-                    self._tools.timing.received(size)
+                    self._tools.timing.received(len(found))
                 else:
-                    size = found
-                    blob = self._received(size) if problem else self._scattered(wanted, index, size, into)
+                    blob = self._received(found)
                 self.came = True
                 now_s = time.monotonic()
-                self._tools.timing.came(size, now_s - last_s, now_s)
-                if problem is None:
-                    self._outcomes.append(self._decode(wanted, index, blob, into) if isinstance(blob, Blob) else blob)
-                elif isinstance(blob, Blob):
-                    blob.done()
+                self._tools.timing.came(len(blob.data), now_s - last_s, now_s)
                 problem = problem or self._problem()
-                if problem is not None and not in_place:
-                    return problem
-                # Else what was read in place is to be confirmed behind all that comes, which is let pass.
+                if problem is None:
+                    self._outcomes.append(self._decode(wanted, index, blob, into))
+                else:
+                    blob.done()
+                    if not in_place:
+                        return problem
+                    # The rest is let pass: what was read in place is to be confirmed behind it.
                 last_s = time.monotonic()
         except KvClientError as error:
             problem, self.broken = problem or error, error
@@ -208,49 +203,12 @@ class _Getting:
             self._outcomes.clear()
         return problem
 
-    def _scattered(self, wanted: Wanted, index: int, size: int, into: KVArray) -> Blob | Future[None]:
-        """Receives a large exact object straight into its place, each part checked as it comes; what is not to be had
-        so comes as a Blob."""
-        chunk = wanted.chunks[index]
-        payload_bytes = chunk.tokens * wanted.layout.part_layout(wanted.part).bytes_per_token
-        head_bytes = size - payload_bytes
-        if chunk.quality is not Quality.RAW or size < SCATTERED_BYTES_MIN or not 0 < head_bytes <= HEAD_BYTES_MAX:
-            return self._received(size)
-        received, deadline = self._tools.timing.received, self._deadline
-        head = memoryview(bytearray(head_bytes))
-        self._connection.receive_into(head, deadline, received)
-        began = time.perf_counter()
-        place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
-        try:
-            destination = raw_destination(head, wanted.layout, place, chunk_hash=chunk.hash, part=wanted.part)
-        except codec.CodecError:  # decoding says what is wrong with it
-            destination = None
-        if destination is None or destination.payload_bytes != payload_bytes:
-            return self._received(size, head)
-        coding_s, last = time.perf_counter() - began, 0
-        try:
-            check_object(self._node, wanted, chunk, destination.header, size)
-            for first in range(0, payload_bytes, PIECE_BYTES):
-                last = min(first + PIECE_BYTES, payload_bytes)
-                self._connection.receive_scattered(destination.buffers(first, last), deadline, received)
-                began = time.perf_counter()
-                destination.verify(last)
-                coding_s += time.perf_counter() - began
-        except (codec.ObjectError, ObjectForeign) as error:
-            if last < payload_bytes:
-                self._received(payload_bytes - last).done()
-            return _failed(error if isinstance(error, ObjectForeign) else from_codec(error, self._node.address))
-        self._tools.timing.decoded(destination.header, size, coding_s)
-        return _WELL
-
-    def _received(self, size: int, head: bytes | memoryview = b"") -> Blob:
-        """`head`: what has been received of it already."""
+    def _received(self, size: int) -> Blob:
         if not self._ahead.acquire(timeout=self._deadline.remaining()):
             raise DeadlineExceeded("the call's deadline passed", seconds=self._deadline.seconds)
         buffers = self._node.bulk.buffers
         buffer, view = buffers.take(size)
-        view[: len(head)] = head
-        self._connection.receive_into(view[len(head) :], self._deadline, self._tools.timing.received)
+        self._connection.receive_into(view, self._deadline, self._tools.timing.received)
 
         def done() -> None:
             buffers.give_back(buffer)
@@ -259,23 +217,24 @@ class _Getting:
         return Blob(view, done)
 
     def _decode(self, wanted: Wanted, index: int, blob: Blob, into: KVArray) -> Future[None]:
-        """What becomes of an object: known at once where it is exact, else when a thread has decoded it."""
+        """What becomes of an object: known at once where it is exact and not large, else when a thread has decoded
+        it."""
         chunk = wanted.chunks[index]
         place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
         decode = partial(decode_object, self._node, wanted, chunk, blob, place, self._coder)
-        if chunk.quality is not Quality.RAW:
+        if chunk.quality is Quality.RAW and len(blob.data) <= AT_ONCE_BYTES_MAX:
             try:
-                named = profile_named(wanted, chunk, blob.data)
-                profile = None if named is None else self._profile(named)
+                decode(None, self._tools.timing)
             except KvClientError as error:
-                blob.done()
                 return _failed(error)
-            return self._tools.executor.submit(decode, profile, self._tools.timing)
+            return _WELL
         try:
-            decode(None, self._tools.timing)
+            named = None if chunk.quality is Quality.RAW else profile_named(wanted, chunk, blob.data)
+            profile = None if named is None else self._profile(named)
         except KvClientError as error:
+            blob.done()
             return _failed(error)
-        return _WELL
+        return self._tools.executor.submit(decode, profile, self._tools.timing)
 
     def _profile(self, profile_id: bytes) -> Profile:
         """Raises the typed error of why it cannot be had."""

@@ -137,7 +137,11 @@ def decode_object(
     try:
         coder.check()
         header = codec.parse_header(blob)
-        check_object(node, wanted, chunk, header, len(blob))
+        effective = max(header.quality_at(len(blob)), header.provenance)
+        if (header.tokens, header.first_position) != (chunk.tokens, chunk.first_token):
+            raise ObjectForeign("the object is of other tokens", node=node.address, first=header.first_position)
+        if effective > wanted.min_quality:
+            raise ObjectForeign("the object is of less quality than was declared", node=node.address, found=effective)
         codec.decode(
             blob, wanted.layout, quality=wanted.quality, out=place, chunk_hash=chunk.hash, part=wanted.part,
             profile=profile, coder=coder,
@@ -148,16 +152,6 @@ def decode_object(
         raise from_codec(error, node.address) from error
     finally:
         received.done()
-
-
-def check_object(node: Node, wanted: Wanted, chunk: ChunkHit, header: codec.ObjectHeader, size: int) -> None:
-    """That an object with this header, of which there are `size` bytes, has the place and quality declared. Raises
-    ObjectForeign, DamagedObject."""
-    effective = max(header.quality_at(size), header.provenance)
-    if (header.tokens, header.first_position) != (chunk.tokens, chunk.first_token):
-        raise ObjectForeign("the object is of other tokens", node=node.address, first=header.first_position)
-    if effective > wanted.min_quality:
-        raise ObjectForeign("the object is of less quality than was declared", node=node.address, found=effective)
 
 
 def profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes | None:

@@ -153,13 +153,6 @@ class BulkConnection:
         with self._failures(deadline):
             self._socket.receive_into(view, after=count_received, until=deadline.remaining)
 
-    def receive_scattered(
-        self, views: list[memoryview], deadline: Deadline, count_received: Callable[[int], None]
-    ) -> None:  # fmt: skip
-        """`receive_into` of all views, one after the other."""
-        with self._failures(deadline):
-            self._socket.receive_scattered(views, after=count_received, until=deadline.remaining)
-
     def release(self, deadline: Deadline) -> None:
         """After a fetch with places: they are not needed any more. When this returns, all of them were good until
         now."""

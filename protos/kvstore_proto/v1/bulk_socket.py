@@ -120,26 +120,6 @@ class BulkSocket:
             if after is not None:
                 after(got)
 
-    def receive_scattered(
-        self, views: list[memoryview], *, after: Callable[[int], None], until: Callable[[], float]
-    ) -> None:  # fmt: skip
-        """`receive_into` of all views, one after the other, in few system calls."""
-        if self._tls:
-            for view in views:
-                self.receive_into(view, after=after, until=until)
-            return
-        while views:
-            left = until()
-            if left <= 0:
-                raise NoProgress
-            self.limit(left)
-            with _failures():
-                got = self._socket.recvmsg_into(views[:_VECTOR_MAX], 0, self._waitall)[0]
-            if not got:
-                raise ConnectionEnded
-            after(got)
-            views = _behind(views, got)
-
     def payload(self, found: Header) -> bytes:
         """Of a control frame. Raises as `receive_into`."""
         data = bytearray(found.length)
