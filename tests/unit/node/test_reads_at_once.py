@@ -60,7 +60,7 @@ async def test_it_ends_at_what_memory_lacks_and_at_enough_bytes(tmp_path: Path) 
         assert 0 < sum(in_memory) < len(chunks)
         keys = [key_of(chunk) for chunk in chunks]
         first = in_memory.index(True)
-        run = (in_memory[first:] + [False]).index(False)
+        run = [*in_memory[first:], False].index(False)
         assert len(node.read_at_once(keys[first:], Quality.RAW, float("inf"))) == run
         assert len(node.read_at_once(keys[first:], Quality.RAW, 1)) == 1
         assert len(node.read_at_once(keys[first:], Quality.RAW, size + 1)) == min(2, run)
