@@ -1,5 +1,5 @@
-"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket, memcpy and a redis-server (where
-there is one) with the same bytes.
+"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket, memcpy and, where there is one,
+a redis-server with the same bytes.
 
 Objects are real KV, stored "raw" so that no coding is in the way; once also at "high", as the rate of the KV that is
 restored. Contestants take turns: each round puts and

@@ -31,7 +31,7 @@ from kvstore_client.transports.bulk_path import result_of
 from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
 
-RECEIVED_AHEAD = 4  # objects received and not decoded
+RECEIVED_AHEAD = 4  # objects that are here and not decoded
 #: An exact object up to here is copied sooner than another thread would have taken it over.
 AT_ONCE_BYTES_MAX = 2 << 20
 
@@ -172,15 +172,19 @@ class _Getting:
         last_s = time.monotonic()
         try:
             for index, found in enumerate(self._connection.objects(wanted.chunks, self._deadline)):
+                asked_s = time.monotonic()
+                if not self._ahead.acquire(timeout=self._deadline.remaining()):
+                    raise DeadlineExceeded("the call's deadline passed", seconds=self._deadline.seconds)
+                waited_s = time.monotonic() - asked_s
                 if isinstance(found, memoryview):
                     in_place = True
-                    blob = Blob(found, in_place=True)
+                    blob = Blob(found, self._ahead.release, in_place=True)
                     self._tools.timing.received(len(found))
                 else:
                     blob = self._received(found)
                 self.came = True
                 now_s = time.monotonic()
-                self._tools.timing.came(len(blob.data), now_s - last_s, now_s)
+                self._tools.timing.came(len(blob.data), now_s - last_s, waited_s, now_s)
                 problem = problem or self._problem()
                 if problem is None:
                     self._outcomes.append(self._decode(wanted, index, blob, into))
@@ -204,8 +208,6 @@ class _Getting:
         return problem
 
     def _received(self, size: int) -> Blob:
-        if not self._ahead.acquire(timeout=self._deadline.remaining()):
-            raise DeadlineExceeded("the call's deadline passed", seconds=self._deadline.seconds)
         buffers = self._node.bulk.buffers
         buffer, view = buffers.take(size)
         self._connection.receive_into(view, self._deadline, self._tools.timing.received)
