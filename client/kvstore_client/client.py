@@ -11,16 +11,19 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from kvstore_client.aio import DEADLINE_S, AsyncClient
+from kvstore_client.background import QUEUE_BYTES_MAX
 from kvstore_client.errors import InvalidArgument
-from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
+from kvstore_client.namespace import LEASE_MS, AsyncNamespace
+from kvstore_client.namespace_puts import TokenIds
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult
@@ -42,11 +45,11 @@ class Client:
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
-        transport: Transport = "grpc",
+        transport: Transport = "grpc", background_bytes: int = QUEUE_BYTES_MAX,
     ) -> None:  # fmt: skip
         self._async = AsyncClient(
             target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry,
-            transport=transport,
+            transport=transport, background_bytes=background_bytes,
         )  # fmt: skip
 
     def namespace(
@@ -138,18 +141,35 @@ class Namespace:
         """Tells the node that a prompt will be read; does not wait for what it does then."""
         return _run(self._async.prefetch(token_ids, quality=quality, deadline=deadline))
 
+    @overload
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = ..., durable: bool = ...,
+        provenance: str | Quality = ..., first_token: int = ..., retain: tuple[int, int] | None = ...,
+        deadline: float | None = ..., background: Literal[False] = ..., copy: bool = ...,
+    ) -> PutResult: ...  # fmt: skip
+
+    @overload
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = ..., durable: bool = ...,
+        provenance: str | Quality = ..., first_token: int = ..., retain: tuple[int, int] | None = ...,
+        deadline: float | None = ..., background: Literal[True], copy: bool = ...,
+    ) -> Future[PutResult]: ...  # fmt: skip
+
     def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
         provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
-        deadline: float | None = None,
-    ) -> PutResult:  # fmt: skip
-        """Stores the chunks that are missing, or held at a worse quality."""
-        return _run(
-            self._async.put(
-                token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
-                retain=retain, deadline=deadline,
-            )
+        deadline: float | None = None, background: bool = False, copy: bool = False,
+    ) -> PutResult | Future[PutResult]:  # fmt: skip
+        """Stores the chunks that are missing, or held at a worse quality; in the background, a future of the result."""
+        puts = self._async.puts
+        asked = puts.asked(
+            token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+            retain=retain, deadline=deadline, background=background,
         )  # fmt: skip
+        if not background:
+            return _run(puts.put(asked))
+        loop = _loop()
+        return puts.start(asked, copy=copy, start=lambda put: asyncio.run_coroutine_threadsafe(put, loop))
 
     def writer(
         self, token_ids: TokenIds, *, quality: str | Quality = "high", durable: bool = False,

@@ -59,6 +59,8 @@ class PutResult:
     `stored`, `have`, `rejected`: chunks newly stored, there already at least as good, not stored.
     `tokens`: length of the prefix that the node now holds. `bytes`: encoded bytes of the stored chunks.
     `durable`: every chunk is on disk, synced. `reasons`: one line for each distinct cause of a rejection.
+    `dropped`: a background put that was given up unanswered: the queue was full, its turn came too late, or the client
+    was closed. All its chunks count as rejected.
     """
 
     stored: int = 0
@@ -68,6 +70,7 @@ class PutResult:
     bytes: int = 0
     durable: bool = False
     reasons: tuple[str, ...] = ()
+    dropped: bool = False
 
 
 @dataclass(frozen=True)
