@@ -26,7 +26,8 @@ from kvstore_client.namespace import LEASE_MS, AsyncNamespace
 from kvstore_client.namespace_puts import TokenIds
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
-from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult
+from kvstore_client.refining import AsyncRefinement
+from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult, Restored
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_client.writing import AsyncWriter
@@ -113,15 +114,17 @@ class Namespace:
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        deadline: float | None = None,
+    ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
-        return _run(
+        restored = _run(
             self._async.get(
                 token_ids, quality=quality, min_quality=min_quality, out=out, ttft=ttft,
-                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+                prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
             )
         )  # fmt: skip
+        return Restored(restored.kv, restored.n, Refinement(restored.refinement) if refine else None)
 
     def plan(
         self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
@@ -205,6 +208,37 @@ class Namespace:
     def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
         """The profile with this id; None on a miss."""
         return _run(self._async.load_profile(profile_id, deadline=deadline))
+
+
+class Refinement:
+    """Made by `Namespace.get` with `refine=True`; see AsyncRefinement."""
+
+    def __init__(self, refinement: AsyncRefinement) -> None:
+        self._async = refinement
+
+    @property
+    def tokens(self) -> int:
+        return self._async.tokens
+
+    @property
+    def done(self) -> bool:
+        return self._async.done
+
+    @property
+    def reason(self) -> str:
+        return self._async.reason
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until nothing more will come, or for so many seconds. Whether all is here."""
+        return _run(self._async.wait(timeout))
+
+    def apply(self, out: KVArray | None = None, *, deadline: float | None = None) -> tuple[KVArray, int]:
+        """(kv, n) with the best values that have come by now, in the get's own array or in another."""
+        return _run(self._async.apply(out, deadline=deadline))
+
+    def close(self) -> None:
+        """Ends what is on its way."""
+        _run(self._async.aclose())
 
 
 class Writer:

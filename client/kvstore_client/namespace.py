@@ -29,7 +29,8 @@ from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Source
-from kvstore_client.results import DeleteResult, Hit, PrefetchResult, PutResult
+from kvstore_client.refining import AsyncRefinement
+from kvstore_client.results import DeleteResult, Hit, PrefetchResult, PutResult, Restored
 from kvstore_client.session import Session
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.transports.wanted import Wanted
@@ -100,8 +101,9 @@ class AsyncNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        deadline: float | None = None,
+    ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
 
         `quality`: read no better than this, which is fewer bytes; None reads all that is stored. `min_quality`: what
@@ -113,7 +115,11 @@ class AsyncNamespace:
         With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
         that leaves the rest in time, and no more chunks where recomputing the rest is faster.
 
-        Nothing writes to `out` after this returns or is cancelled.
+        With `refine` it reads no more than `min_quality` needs (or what the planner chooses), and the result has a
+        `refinement`: what lacks to `quality` follows within another `deadline`, the prefix held by its lease meanwhile.
+        Those values are written when `await refinement.apply()` says so, never before.
+
+        Nothing else writes to `out` after this returns or is cancelled.
         """
         limit = self._session.begin(deadline)
         goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
@@ -124,11 +130,12 @@ class AsyncNamespace:
             out = sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
             refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
+        refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
-            kv, tokens = await self._get(refs, wanted, floor, out, limit, goal)
+            kv, tokens = await self._get(refs, wanted, floor, out, limit, goal, refinement)
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
-        return kv, tokens
+        return Restored(kv, tokens, refinement)
 
     async def prefetch(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
@@ -332,7 +339,7 @@ class AsyncNamespace:
 
     async def _get(
         self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline,
-        goal: Goal | None,
+        goal: Goal | None, refinement: AsyncRefinement | None,
     ) -> tuple[KVArray, int]:  # fmt: skip
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
         node, hit, reason = await self._find("get", refs, lease_ms, limit)
@@ -351,9 +358,13 @@ class AsyncNamespace:
             return await fetch(
                 node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
                 lambda profile_id: self._profiles.of_object(node, profile_id, limit), timing,
+                None if refinement is None else refinement.keep,
             )  # fmt: skip
 
         wants = Wanted(self.layout, self.part, chunks, wanted, floor)
+        if refinement is not None:
+            refinement.begin(wants)
+            wants = wants if goal is not None else replace(wants, quality=floor)
         if goal is None:
             fetched = await fetch_part(wants, into, self._planner.timing(node))
         else:
@@ -365,6 +376,8 @@ class AsyncNamespace:
             self._session.metrics.failures.labels("get", reason).inc()
             self._session.forgive("get", fetched.error)
         self._count_miss(reason if fetched.chunks < len(refs) else None)
+        if refinement is not None:
+            refinement.go_on(node, fetched.chunks, hit.lease, into, limit.seconds)
         tokens = sum(chunk.tokens for chunk in chunks[: fetched.chunks])
         return codec.token_slice(into, 0, tokens), tokens
 

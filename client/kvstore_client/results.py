@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from kvstore_codec import Quality
+from kvstore_client.errors import InvalidArgument
+from kvstore_codec import KVArray, Quality
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,29 @@ class Hit:
     tokens: int = 0
     chunks: tuple[ChunkHit, ...] = ()
     lease: Lease | None = None
+
+
+class _KVAndTokens(NamedTuple):
+    kv: KVArray
+    n: int
+
+
+class Restored(_KVAndTokens, Generic[R]):
+    """What a get answers: `kv, n = cache.get(…)`. `refinement` is there where the get was asked to refine."""
+
+    _refinement: R | None
+
+    def __new__(cls, kv: KVArray, n: int, refinement: R | None = None) -> Self:
+        made = super().__new__(cls, kv, n)
+        made._refinement = refinement
+        return made
+
+    @property
+    def refinement(self) -> R:
+        """Raises InvalidArgument where the get was not asked to refine."""
+        if self._refinement is None:
+            raise InvalidArgument("a get has a refinement where it is asked for one: pass refine=True")
+        return self._refinement
 
 
 @dataclass(frozen=True)

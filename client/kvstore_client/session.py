@@ -6,6 +6,7 @@ Not strict (the default), whatever a node does or fails to do is a miss, or a ch
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections import defaultdict
@@ -46,6 +47,7 @@ class Session:
         )  # fmt: skip
         self.peers: dict[str, PeerEstimates] = defaultdict(PeerEstimates)  # by address: what gets have measured
         self.background = BackgroundPuts(background_bytes, self.metrics)
+        self.refining: set[asyncio.Task[None]] = set()  # better values of gets that are on their way
         self._deadline_s = checked_seconds(deadline_s)
         self._log = OncePerReason()
         self._threads = threads or min(THREADS_MAX, os.cpu_count() or 1)
@@ -130,6 +132,9 @@ class Session:
         """Idempotent. Waits for what is put in the background, for as long as a call may take."""
         self._closed = True
         await self.background.aclose(self._deadline_s)
+        for task in (refining := list(self.refining)):
+            task.cancel()
+        await asyncio.gather(*refining)
         await self.profiles.aclose()
         await self.connections.aclose()
         self._executor = self._background_executor = None  # their threads end with the last call that uses them

@@ -15,6 +15,7 @@ import grpc
 from kvstore.engine.node import Node
 from kvstore.service import requests
 from kvstore.service.idle import IdleLimit
+from kvstore.service.remainders import remainders
 from kvstore.service.streams import StreamMetrics
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
@@ -26,7 +27,7 @@ async def fetch(
     node: Node, request: pb.FetchRequest, context: Context, *, stream_idle_s: float, metrics: StreamMetrics
 ) -> None:
     """Raises InvalidRequest, StreamStalled (the reader took nothing for `stream_idle_s`), and the node's errors."""
-    objects = node.read_chain(*requests.fetch(request))
+    objects = remainders(node.read_chain(*requests.fetch(request)), requests.held_bytes(request))
     upcoming = asyncio.ensure_future(anext(objects, None))
     try:
         index = 0

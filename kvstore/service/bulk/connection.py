@@ -18,6 +18,7 @@ from kvstore.engine.node import Node, Offer, Result, Stage
 from kvstore.errors import Code, InvalidRequest, KvStoreError
 from kvstore.service import requests, wire
 from kvstore.service.boundary import Boundary
+from kvstore.service.remainders import remainders
 from kvstore.service.status import STATUS_OF_CODE
 from kvstore.service.streams import StreamMetrics
 from kvstore_codec import Quality
@@ -93,7 +94,10 @@ class Connection:
         keys, quality, first_chunk = requests.fetch(asked.request)
         places = asked.places and self._shared
         held: list[memoryview] = []
-        for index, stored in enumerate(self._objects(self._node.read_chain(keys, quality, first_chunk))):
+        objects = remainders(
+            self._node.read_chain(keys, quality, first_chunk), requests.held_bytes(asked.request)
+        )  # fmt: skip
+        for index, stored in enumerate(self._objects(objects)):
             offset = self._node.place_of(stored) if places else None
             if offset is None:
                 self._socket.send(Kind.OBJECT, index, stored)
