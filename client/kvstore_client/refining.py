@@ -85,6 +85,8 @@ class AsyncRefinement:
     def reason(self) -> str:
         if self._error is not None:
             return self._error.code.value
+        if self._task is not None and self._task.cancelled():  # before it began
+            return ClientClosed.code.value
         return ABSENT if self.done and self.tokens < self._tokens else ""
 
     async def wait(self, timeout: float | None = None) -> bool:
@@ -138,7 +140,10 @@ class AsyncRefinement:
         """An object as it was read; in any thread."""
         header = codec.parse_header(blob)
         wanted = codec.Quality.RAW if self._wanted is None else self._wanted.quality
-        memory: npt.NDArray[np.uint8] = np.empty(max(header.length_for(wanted), len(blob)), np.uint8)
+        whole = header.length_for(wanted)
+        if whole > chunk.stored_bytes:  # the node lies: what was looked up is bounded by the layout, a header is not
+            whole = len(blob)
+        memory: npt.NDArray[np.uint8] = np.empty(max(whole, len(blob)), np.uint8)
         np.copyto(memory[: len(blob)], np.frombuffer(blob, np.uint8))
         self._kept[chunk.hash] = _Kept(header, memory, len(blob), len(blob), profile)
 

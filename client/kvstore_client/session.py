@@ -134,7 +134,7 @@ class Session:
         await self.background.aclose(self._deadline_s)
         for task in (refining := list(self.refining)):
             task.cancel()
-        await asyncio.gather(*refining)
         await self.profiles.aclose()
         await self.connections.aclose()
+        await asyncio.gather(*refining, return_exceptions=True)  # they let go of leases, or cannot any more
         self._executor = self._background_executor = None  # their threads end with the last call that uses them

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from hostile_server import Answer, Context, Held, HostileServer, hang, pieces
-from kv_objects import chunks, fetch, put, small_layout
+from kv_objects import answer_of, chunks, fetch, put, small_layout
 from kv_strategies import bits
 from node_process import NodeProcess
 from polling import wait_until
@@ -282,13 +282,40 @@ def test_a_rest_of_another_length_is_another_objects(held: Held, length: str) ->
         assert bits(restored.kv) == bits(decoded(held, "low", 0, 1, 2))
 
 
+def test_a_header_that_promises_more_than_was_looked_up_is_not_believed(held: Held) -> None:
+    """Else it would say how much memory is set aside."""
+    short = [len(codec.truncate(blob, "low")) for blob in held.blobs]
+
+    def lookup(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        return answer_of([held.status(index, stored_bytes=size) for index, size in enumerate(short)])
+
+    with (
+        HostileServer(lookup=lookup, fetch=coarse(held, held.fetch)) as server,
+        Client(server.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client,
+    ):
+        restored = client.namespace(held.layout).get(held.tokens, refine=True)
+        assert (restored.n, restored.refinement.done) == (3 * CHUNK, True)
+        assert server.calls == ["Lookup", "Fetch"]
+
+
 @pytest.mark.parametrize("closes", ["refinement", "client"])
 def test_closing_ends_what_is_on_its_way(held: Held, closes: str) -> None:
+    """Also where the node answers nothing any more, not even that the lease is given back."""
+
     def never(request: pb.FetchRequest, context: Context) -> Iterator[Answer]:
         hang(context)
         yield from ()
 
-    with HostileServer(lookup=held.lookup, fetch=coarse(held, never)) as server:
+    def lookup(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        answer = held.lookup(request, context)
+        answer.lease_id, answer.lease_ms = b"lease", request.lease_ms
+        return answer
+
+    def renew(request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
+        hang(context)
+        return pb.RenewResponse()
+
+    with HostileServer(lookup=lookup, renew=renew, fetch=coarse(held, never)) as server:
         client = Client(server.address, deadline=1000.0, registry=CollectorRegistry())
         refinement = client.namespace(held.layout).get(held.tokens, refine=True).refinement
         wait_until(lambda: server.calls.count("Fetch") == 2, "the rest is asked for")
