@@ -70,10 +70,11 @@ WAYS = (
 
 @dataclass
 class Trace:
-    """Seconds since the get was called, by object: asked for, received, its decoding begun and done."""
+    """Seconds since the get was called. `found`: it is known what there is, and the first object is on its way. By
+    object: (on its way, received), (decoding begun, done)."""
 
-    asked: list[float] = field(default_factory=list)
-    received: list[float] = field(default_factory=list)
+    found: float = 0.0
+    receiving: list[tuple[float, float]] = field(default_factory=list)
     decoding: list[tuple[float, float]] = field(default_factory=list)
     took: float = 0.0
 
@@ -102,13 +103,21 @@ class TracedTiming(Timing):
     trace = Trace()
 
     async def objects(self, objects: AsyncGenerator[Blob, None]) -> AsyncGenerator[Blob, None]:
+        self.trace.found = begun = self.clock() - self.began
         async with aclosing(super().objects(objects)) as timed:
-            asked = self.clock()
             async for blob in timed:
-                self.trace.asked.append(asked - self.began)
-                self.trace.received.append(self.clock() - self.began)
+                received = self.clock() - self.began
+                self.trace.receiving.append((begun, received))
                 yield blob
-                asked = self.clock()
+                begun = received
+
+    def answered(self, seconds: float) -> None:
+        self.trace.found = self.clock() - self.began
+        super().answered(seconds)
+
+    def came(self, size_bytes: int, seconds: float, now: float) -> None:
+        self.trace.receiving.append((now - seconds - self.began, now - self.began))
+        super().came(size_bytes, seconds, now)
 
     def decoded(self, header: codec.ObjectHeader, size_bytes: int, seconds: float) -> None:
         now = self.clock() - self.began

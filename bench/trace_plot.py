@@ -26,9 +26,8 @@ def picture(results: Sequence[Result], path: Path) -> None:
 
 def _stages(axes: Axes, result: Result) -> None:
     trace = result.trace
-    asked = trace.asked[0]
-    axes.barh(0, 1e3 * asked, color=_COLOURS["hash, look up"], label="hash, look up")
-    for row, (begun, received) in enumerate(zip([asked, *trace.received], trace.received, strict=False), 1):
+    axes.barh(0, 1e3 * trace.found, color=_COLOURS["hash, look up"], label="hash, look up")
+    for row, (begun, received) in enumerate(trace.receiving, 1):
         axes.barh(row, 1e3 * (received - begun), left=1e3 * begun, color=_COLOURS["receive"],
                   label="receive" if row == 1 else None)  # fmt: skip
     for row, (begun, done) in enumerate(sorted(trace.decoding), 1):
@@ -38,7 +37,7 @@ def _stages(axes: Axes, result: Result) -> None:
     share = statistics.median(result.shares)
     axes.set_title(f"{result.way.name}: {result.slowest} alone is {100 * share:.0f} % of the get", fontsize="small")
     axes.set_ylabel("object")
-    axes.set_yticks(range(len(trace.received) + 1), ["", *map(str, range(1, len(trace.received) + 1))])
+    axes.set_yticks(range(len(trace.receiving) + 1), ["", *map(str, range(1, len(trace.receiving) + 1))])
     axes.tick_params(labelsize="x-small")
     axes.invert_yaxis()
     axes.legend(fontsize="x-small", loc="upper right")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -128,6 +128,16 @@ class NodeMetrics:
         self.reads_by_quality.labels(quality.label).inc()
         self.read_bytes.labels(tier).inc(length)
         self.bytes.labels("read").observe(length)
+
+    def count_reads(self, tier: str, qualities: Sequence[Quality], lengths: Sequence[int]) -> None:
+        """`count_read` of many."""
+        self.reads.labels(tier).inc(len(lengths))
+        self.read_bytes.labels(tier).inc(sum(lengths))
+        for quality in set(qualities):
+            self.reads_by_quality.labels(quality.label).inc(qualities.count(quality))
+        observe = self.bytes.labels("read").observe
+        for length in lengths:
+            observe(length)
 
     def watch(
         self, registry: CollectorRegistry, tiers: list[Tier], gauges: Mapping[str, tuple[str, Callable[[], float]]]

@@ -28,7 +28,7 @@ from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
 from kvstore_proto.v1.live_framing import FramedLiveStub
 
 R = TypeVar("R")
-TRANSFERS_MAX = 16  # under way at a time over bulk paths, each on its thread
+TRANSFERS_MAX = 16  # under way at a time over bulk paths, each on its thread, and as many gets
 #: What another node may do better: the caller's mistakes and the lies of a node are not among it.
 _TRY_ELSEWHERE = (Unavailable, DeadlineExceeded, ServerFailed)
 _OPTIONS = [
@@ -63,7 +63,9 @@ class Connections:
     ) -> None:  # fmt: skip
         self._seeds = tuple(seeds)
         self._transport, self._on_failure = transport, on_failure
-        self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")  # starts no thread before it has work
+        # They start no thread before they have work.
+        self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")
+        self._gets = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-get")
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._nodes: dict[str, Node] = {}
         self._closed = False
@@ -79,7 +81,9 @@ class Connections:
             raise _closed_meanwhile(seed)
         if seed not in self._nodes:
             channel = self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
-            bulk = BulkPath(seed, channel, self._transport, self._executor, partial(self._on_failure, seed))
+            bulk = BulkPath(
+                seed, channel, self._transport, self._executor, self._gets, partial(self._on_failure, seed)
+            )  # fmt: skip
             self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk, FramedLiveStub(channel))
         return self._nodes[seed]
 
@@ -94,6 +98,7 @@ class Connections:
         await asyncio.gather(*(node.bulk.aclose() for node in nodes))
         await asyncio.gather(*(channel.close(None) for channel in channels))
         self._executor.shutdown(wait=False)
+        self._gets.shutdown(wait=False)
 
 
 def worth_another_node(error: KvClientError) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import kvstore_codec as codec
 from kvstore_client.coder import DeadlineCoder
@@ -34,7 +35,7 @@ from kvstore_proto.v1.framing import HASHES_MAX
 
 DECODES_MAX = 4  # objects received and not yet decoded
 #: The profile with an id, or the KvClientError that says why it cannot be had.
-ProfileSource = Callable[[bytes], Awaitable[Profile]]
+ProfileSource = Callable[[bytes], Coroutine[Any, Any, Profile]]
 #: Takes a copy of an object that was good, with the profile that it was decoded with; in the decoding thread.
 Keep = Callable[[ChunkHit, memoryview, "Profile | None"], None]
 
@@ -73,7 +74,7 @@ async def fetch(
                     chunk = wanted.chunks[len(decodes)]
                     first = chunk.first_token - wanted.chunks[0].first_token
                     place = codec.token_slice(into, first, first + chunk.tokens)
-                    named = _profile_named(wanted, chunk, blob.data)
+                    named = profile_named(wanted, chunk, blob.data)
                     profile = await profile_of(named) if named is not None and profile_of is not None else None
                     decodes.append(
                         executor.submit(decode_object, node, wanted, chunk, blob, place, coder, profile, timing, keep)
@@ -158,7 +159,7 @@ def decode_object(
         received.done()
 
 
-def _profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes | None:
+def profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes | None:
     """Id of the profile that an object is coded with. What else is wrong with its header, decoding says."""
     try:
         header = codec.parse_header(blob)

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any, Literal, overload
 
 import kvstore_codec as codec
-from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, check_lease_ms, qualities, retention
+from kvstore_client.arguments import check_first_token, check_lease_ms, qualities, retention
 from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.deleting import LostChunks, deleted
-from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
-from kvstore_client.fetching import Fetched, fetch
+from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.following import StreamAsked
+from kvstore_client.getting import Gets, timed_lookup
 from kvstore_client.kv_views import sliceable
 from kvstore_client.leasing import kept_alive, renew
-from kvstore_client.lookups import good_enough, lookup, prefetch
-from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
+from kvstore_client.lookups import good_enough, prefetch
+from kvstore_client.metrics import ABSENT
 from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.namespace_puts import NamespacePuts, TokenIds
-from kvstore_client.pace import Timing
-from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
+from kvstore_client.planned import NamespacePlanner, checked_goal
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Source
@@ -33,14 +31,10 @@ from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import DeleteResult, Hit, PrefetchResult, PutResult, Restored
 from kvstore_client.session import Session
 from kvstore_client.streaming import AsyncStream
-from kvstore_client.transports.wanted import Wanted
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
-from kvstore_proto.v1.framing import HASHES_MAX
 
 LEASE_MS = 10_000
-#: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
-LEASE_MARGIN_MS = 1_000
 
 
 class AsyncNamespace:
@@ -60,6 +54,7 @@ class AsyncNamespace:
         self._lost = LostChunks(layout, part)
         self.puts = NamespacePuts(session, layout, part, self._refs, self._placement_key, self._profiles, self._lost)
         self._planner = NamespacePlanner(session, self._part_layout)
+        self._gets = Gets(session, layout, part, self._planner, self._profiles, self._lost)
 
     async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
@@ -71,7 +66,8 @@ class AsyncNamespace:
         refs = self._refs(token_ids)
         with self._session.timed("lookup"):
             _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
-        self._count_miss(reason if len(hit.chunks) < len(refs) else None)
+        if len(hit.chunks) < len(refs):
+            self._session.count_miss(reason)
         return hit
 
     @asynccontextmanager
@@ -132,7 +128,11 @@ class AsyncNamespace:
             refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
         refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
-            kv, tokens = await self._get(refs, wanted, floor, out, limit, goal, refinement)
+            if refs:
+                key = self._placement_key(refs)
+                kv, tokens = await self._gets.get(refs, key, wanted, floor, out, limit, goal, refinement)
+            else:
+                kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
         return Restored(kv, tokens, refinement)
@@ -324,67 +324,18 @@ class AsyncNamespace:
         if not refs:
             return None, Hit(), ABSENT
 
-        async def ask(node: Node, timeout_s: float) -> Hit:
-            began = time.monotonic()
-            hit = await lookup(node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s)
-            self._session.peers[node.address].latency.observe(time.monotonic() - began)
-            return hit
-
         try:
-            node, hit = await self._session.attempt(call, self._placement_key(refs), limit, ask)
+            node, hit = await self._session.attempt(
+                call, self._placement_key(refs), limit,
+                lambda node, timeout_s: timed_lookup(
+                    self._session, node, self.layout, self.part, refs, lease_ms, timeout_s
+                ),
+            )  # fmt: skip
         except KvClientError as error:
             self._session.forgive(call, error)
             return None, Hit(), error.code.value
         return node, hit, ABSENT
 
-    async def _get(
-        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline,
-        goal: Goal | None, refinement: AsyncRefinement | None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
-        lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
-        node, hit, reason = await self._find("get", refs, lease_ms, limit)
-        chunks = good_enough(hit.chunks, floor)
-        if len(chunks) < len(hit.chunks):
-            reason = QUALITY
-        tokens = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
-        into = codec.empty(self._part_layout, tokens) if out is None else out
-        if node is None or not chunks:
-            self._count_miss(reason if refs else None)
-            return codec.token_slice(into, 0, 0), 0
-        lease_ids = hit.lease.ids if hit.lease is not None else ()
-
-        async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
-            before = part.chunks[0].first_token // self.layout.chunk_tokens
-            return await fetch(
-                node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
-                lambda profile_id: self._profiles.of_object(node, profile_id, limit), timing,
-                None if refinement is None else refinement.keep,
-            )  # fmt: skip
-
-        wants = Wanted(self.layout, self.part, chunks, wanted, floor)
-        if refinement is not None:
-            refinement.begin(wants)
-            wants = wants if goal is not None else replace(wants, quality=floor)
-        if goal is None:
-            fetched = await fetch_part(wants, into, self._planner.timing(node))
-        else:
-            fetched, reason = await self._planner.fetch(goal, node, wants, into, fetch_part), SLOWER
-        if fetched.error is not None:
-            if isinstance(fetched.error, ProfileMissing):
-                self._lost.add(chunks[fetched.chunks :])
-            reason = fetched.error.code.value
-            self._session.metrics.failures.labels("get", reason).inc()
-            self._session.forgive("get", fetched.error)
-        self._count_miss(reason if fetched.chunks < len(refs) else None)
-        if refinement is not None:
-            refinement.go_on(node, fetched.chunks, hit.lease, into, limit.seconds)
-        tokens = sum(chunk.tokens for chunk in chunks[: fetched.chunks])
-        return codec.token_slice(into, 0, tokens), tokens
-
     def _placement_key(self, refs: Sequence[ChunkRef]) -> bytes:
         """Prompts that share their first chunk live together, so that a prefix is on one node."""
         return self.layout.namespace_id + refs[0].hash
-
-    def _count_miss(self, reason: str | None) -> None:
-        if reason is not None:
-            self._session.metrics.misses.labels(reason).inc()

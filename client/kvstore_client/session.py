@@ -111,6 +111,10 @@ class Session:
             self.metrics.rejections.labels(ErrorCode.REFUSED.value).inc(len(rejected))
             self.warn(call, ErrorCode.REFUSED, rejected[0].reason)
 
+    def count_miss(self, reason: str) -> None:
+        """Of a lookup or get that found less than all."""
+        self.metrics.misses.labels(reason).inc()
+
     def warn(self, call: str, code: ErrorCode | codec.ErrorCode, details: str) -> None:
         """Logs the first event of its kind."""
         self._log.warn(call, code.value, details)

@@ -184,6 +184,21 @@ class Index:
             [self.tiers[number] for number in fastest.tolist()],
         )  # fmt: skip
 
+    def readable(self, rows: Rows, quality: int, tier: str) -> tuple[list[int], list[Quality]]:
+        """(bytes, quality) that a read at `quality` gives of each, up to the first that `tier` holds less of than
+        another does."""
+        columns = self.columns
+        stored, whole = columns["quality"][rows].astype(np.int64), columns["whole_layers"][rows].astype(np.int64)
+        best = np.stack([order.layers[rows] for order in self._orders.values()]).max(axis=0)
+        layers = np.minimum(np.maximum(whole - np.maximum(quality - stored, 0), 1), best)
+        lacking = self._orders[tier].layers[rows] < layers
+        end = int(lacking.argmax()) if lacking.any() else len(rows)
+        lengths = columns["layer_bytes"][rows[:end], layers[:end] - 1]
+        return lengths.tolist(), [Quality(each) for each in (stored + whole - layers)[:end].tolist()]
+
+    def count_reads(self, rows: Rows) -> None:
+        np.add.at(self.columns["reads"], rows, np.uint32(1))
+
     def touch(self, rows: Rows, now_s: float) -> None:
         """Marks a prefix as used now."""
         self._uses += 1

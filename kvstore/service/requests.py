@@ -7,6 +7,7 @@ memory that one request can ask for; the messages themselves are bounded by `fra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey
@@ -75,6 +76,26 @@ def first_chunk(value: bytes) -> bytes:
     if value and len(value) != HASH_BYTES:
         raise InvalidRequest(f"first_chunk_hash must be {HASH_BYTES} bytes", bytes=len(value))
     return value
+
+
+class Lookup(NamedTuple):
+    """As `Node.find` takes it."""
+
+    namespace_id: bytes
+    hashes: list[bytes]
+    part: int
+    lease_ms: int
+    first_chunk: bytes
+
+    def keys(self) -> list[ObjectKey]:
+        return [ObjectKey(self.namespace_id, chunk_hash, self.part) for chunk_hash in self.hashes]
+
+
+def lookup(request: pb.LookupRequest) -> Lookup:
+    return Lookup(
+        namespace(request.namespace_id), hashes(request.chunk_hashes), part(request.part), request.lease_ms,
+        first_chunk(request.first_chunk_hash),
+    )  # fmt: skip
 
 
 def fetch(request: pb.FetchRequest) -> tuple[list[ObjectKey], Quality, bytes]:

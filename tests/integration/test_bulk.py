@@ -27,10 +27,10 @@ from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
-from kvstore_client import AsyncClient, Client, InvalidArgument, fetching
+from kvstore_client import AsyncClient, Client, InvalidArgument, bulk_getting
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_proto.v1 import admin_pb2, store_pb2, transfer_pb2
-from kvstore_proto.v1.bulk import HEADER_BYTES, Kind, frame, hello, parse_header
+from kvstore_proto.v1.bulk import HEADER_BYTES, VERSION, Kind, frame, hello, parse_header
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded
 from kvstore_proto.v1.transfer_pb2_grpc import TransferStub
 
@@ -39,7 +39,7 @@ CHUNKS = 24
 TOKENS = list(range(CHUNKS * LAYOUT.chunk_tokens))
 KV = random_kv(LAYOUT, len(TOKENS), 3)
 WAITING = "kvstore_host_waiting_bytes"
-METHODS = {"grpc": "Fetch", "tcp": "BulkFetch", "unix": "BulkFetch", "shm": "BulkFetch"}
+METHODS = {"grpc": "Fetch", "tcp": "BulkGet", "unix": "BulkGet", "shm": "BulkGet"}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,7 @@ def connect(node: NodeProcess, *, local: bool = False) -> socket.socket:
 
 def ticket_of(node: NodeProcess) -> transfer_pb2.ConnectResponse:
     stub = TransferStub(node.channel)  # type: ignore[no-untyped-call]
-    answer: transfer_pb2.ConnectResponse = stub.Connect(transfer_pb2.ConnectRequest(version=1), timeout=10)
+    answer: transfer_pb2.ConnectResponse = stub.Connect(transfer_pb2.ConnectRequest(version=VERSION), timeout=10)
     return answer
 
 
@@ -143,14 +143,14 @@ async def test_the_best_way_is_found_in_the_background(node: NodeProcess) -> Non
     async with AsyncClient(
         node.address, strict=True, deadline=20.0, transport="auto", registry=CollectorRegistry()
     ) as client:
-        cache, before, puts = client.namespace(LAYOUT), calls(node, "BulkFetch"), calls(node, "Put")
+        cache, before, puts = client.namespace(LAYOUT), calls(node, "BulkGet"), calls(node, "Put")
         await cache.put(TOKENS[:64], codec.token_slice(KV, 0, 64), quality="raw")
         wait_until(lambda: calls(node, "Put") == puts + 1, "the first call does not wait for it")
         for _ in range(1000):
             kv, tokens = await cache.get(TOKENS[:64])
             assert tokens == 64
             assert bits(kv) == bits(codec.token_slice(KV, 0, 64))
-            if calls(node, "BulkFetch") > before:
+            if calls(node, "BulkGet") > before:
                 break
             await asyncio.sleep(0.01)
         assert calls(node, "BulkMap") >= 1, "on one machine it is shared memory"
@@ -212,7 +212,7 @@ def test_a_node_that_is_killed_is_found_again(start_node: Callable[..., NodeProc
         kv, tokens = cache.get(TOKENS)
     assert tokens == len(TOKENS)
     assert bits(kv) == bits(KV)
-    assert calls(node, "BulkFetch") >= 1
+    assert calls(node, "BulkGet") >= 1
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_what_is_read_in_place_stays_until_it_is_released(node: NodeProcess) -> 
         release(connection)
         wait_until(lambda: gauge(node, WAITING) == 0, "the memory is free")
         connection.send(Kind.FETCH, 0, fetch_request(places=True))
-        assert connection.receive(Kind.PLACE, Kind.OBJECT), "and the connection is good for more"
+        assert connection.receive(Kind.PLACES, Kind.OBJECT), "and the connection is good for more"
 
 
 def test_a_reader_that_goes_away_holds_nothing(node: NodeProcess) -> None:
@@ -294,11 +294,11 @@ def test_a_reader_killed_while_it_reads_holds_nothing(node: NodeProcess) -> None
     script = """
         import os, signal, sys
         sys.path[:0] = sys.argv[2:]
-        import kvstore_client.fetching as fetching
+        import kvstore_client.bulk_getting as bulk_getting
         from test_bulk import KV, LAYOUT, TOKENS, Client
         def dies(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
-        fetching.decode_object = dies
+        bulk_getting.decode_object = dies
         with Client(sys.argv[1], transport="shm", deadline=20.0) as client:
             client.namespace(LAYOUT).get(TOKENS[:256])
     """
@@ -319,13 +319,13 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
         cache = client.namespace(LAYOUT)
         cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
         assert cache.get(TOKENS[:256])[1] == 256
-        decode = fetching.decode_object
+        decode = bulk_getting.decode_object
 
         def slowly(*arguments: Any) -> None:
             threading.Event().wait(2.0)
             decode(*arguments)
 
-        monkeypatch.setattr(fetching, "decode_object", slowly)
+        monkeypatch.setattr(bulk_getting, "decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256
@@ -345,7 +345,7 @@ def places(node: NodeProcess, hold_ms: int) -> Iterator[BulkSocket]:
         connection.send(Kind.MAP, 0)
         os.close(connection.receive_descriptor(Kind.MAPPED)[1])
         connection.send(Kind.FETCH, 0, fetch_request(places=True, hold_ms=hold_ms))
-        while (found := connection.receive(Kind.PLACE, Kind.END)).kind is Kind.PLACE:
+        while (found := connection.receive(Kind.PLACES, Kind.END)).kind is Kind.PLACES:
             connection.payload(found)
         connection.payload(found)
         node.admin.Evict(admin_pb2.EvictRequest(tier="host"), timeout=10)

@@ -16,10 +16,12 @@ from google.protobuf.message import DecodeError
 
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, Unavailable, from_status
+from kvstore_client.results import ChunkHit
 from kvstore_client.transports.blob import Blob, Buffers
 from kvstore_client.transports.wanted import Wanted
+from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2, transfer_pb2
-from kvstore_proto.v1.bulk import BadFrame, Kind, hello
+from kvstore_proto.v1.bulk import BadFrame, Header, Kind, hello
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 
 ABSTRACT = "unix-abstract:"
@@ -92,29 +94,64 @@ class BulkConnection:
         in_place = False
         with self._failures(deadline):
             self._socket.send(Kind.FETCH, 0, request.SerializeToString())
-            for index in range(len(wanted.chunks) + 1):
-                self._socket.limit(deadline.remaining())
-                found = self._socket.receive(Kind.OBJECT, Kind.PLACE, Kind.END)
+        for found in self.objects(wanted.chunks, deadline):
+            if isinstance(found, memoryview):
+                in_place = True
+                count_received(len(found))
+                hand_over(Blob(found, in_place=True))
+                continue
+            if not ahead.acquire(timeout=deadline.remaining()):
+                raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
+            buffer, view = buffers.take(found)
+            self.receive_into(view, deadline, count_received)
+            hand_over(Blob(view, partial(_done, buffers, buffer, ahead)))
+        return in_place
+
+    def get(
+        self, lookup: store_pb2.LookupRequest, quality: Quality, min_quality: Quality, deadline: Deadline, hold_s: float
+    ) -> store_pb2.LookupResponse:  # fmt: skip
+        """What there is of a chain; `objects` of it follow, up to the first that is worse than `min_quality`."""
+        request = transfer_pb2.BulkGet(
+            lookup=lookup, quality=quality, min_quality=min_quality, places=self.memory is not None,
+            hold_ms=int(hold_s * 1000) + HOLD_MARGIN_MS,
+        )  # fmt: skip
+        with self._failures(deadline):
+            self._socket.send(Kind.GET, 0, request.SerializeToString())
+            found = self._socket.receive(Kind.FOUND, Kind.END)
+            payload = self._payload(found, deadline)
+            if found.kind is Kind.FOUND:
+                return store_pb2.LookupResponse.FromString(payload)
+            self._check_end(payload)
+            raise BadFrame("a get ended before it was answered")
+
+    def objects(self, chunks: Sequence[ChunkHit], deadline: Deadline) -> Iterator[memoryview | int]:
+        """Of each object in the order of `chunks`, possibly fewer: where it lies in the node's memory, or how many
+        bytes are to be received by `receive_into` before the next is asked for. Some in memory: then `release` tells
+        if what was read there is good."""
+        at = 0
+        while True:
+            places: list[memoryview] = []
+            with self._failures(deadline):
+                found = self._socket.receive(Kind.OBJECT, Kind.PLACES, Kind.END)
                 if found.kind is Kind.END:
-                    self._check_end(self._socket.payload(found))
-                    return in_place
-                if index == len(wanted.chunks) or found.index != index:
+                    self._check_end(self._payload(found, deadline))
+                    return
+                if at == len(chunks) or found.index != at:
                     raise BadFrame(f"object {found.index} came out of place")
-                largest = wanted.chunks[index].stored_bytes
-                if found.kind is Kind.PLACE:
-                    blob = self._in_place(self._socket.payload(found), largest)
-                    count_received(len(blob.data))
-                    hand_over(blob)
-                    in_place = True
-                    continue
-                if not 0 < found.length <= largest:
-                    raise BadFrame(f"an object of {found.length} bytes was declared to have {largest}")
-                if not ahead.acquire(timeout=deadline.remaining()):
-                    raise NoProgress
-                buffer, view = buffers.take(found.length)
-                self._socket.receive_into(view, after=count_received, until=deadline.remaining)
-                hand_over(Blob(view, partial(_done, buffers, buffer, ahead)))
-        raise AssertionError("the last frame is an END")
+                if found.kind is Kind.PLACES:
+                    places = self._in_place(self._payload(found, deadline), chunks[at:])
+                elif not 0 < found.length <= chunks[at].stored_bytes:
+                    raise BadFrame(f"an object of {found.length} bytes was declared to have {chunks[at].stored_bytes}")
+            if places:
+                at += len(places)
+                yield from places
+            else:
+                at += 1
+                yield found.length
+
+    def receive_into(self, view: memoryview, deadline: Deadline, count_received: Callable[[int], None]) -> None:
+        with self._failures(deadline):
+            self._socket.receive_into(view, after=count_received, until=deadline.remaining)
 
     def release(self, deadline: Deadline) -> None:
         """After a fetch with places: they are not needed any more. When this returns, all of them were good until
@@ -152,13 +189,24 @@ class BulkConnection:
     def close(self) -> None:
         self._socket.close()
 
-    def _in_place(self, payload: bytes, largest: int) -> Blob:
-        place = transfer_pb2.Place.FromString(payload)
-        if self.memory is None or not 0 < place.object_bytes <= largest:
-            raise BadFrame(f"a place of {place.object_bytes} bytes was declared to have {largest}")
-        if place.offset + place.object_bytes > len(self.memory.view):
-            raise BadFrame("a place lies outside the node's memory")
-        return Blob(self.memory.view[place.offset : place.offset + place.object_bytes], in_place=True)
+    def _in_place(self, payload: bytes, chunks: Sequence[ChunkHit]) -> list[memoryview]:
+        told = transfer_pb2.Places.FromString(payload)
+        if self.memory is None or not 0 < len(told.offset) == len(told.object_bytes) <= len(chunks):
+            raise BadFrame(f"{len(told.offset)} places came where {len(chunks)} objects were to come")
+        memory, places = self.memory.view, []
+        for chunk, offset, size in zip(chunks, told.offset, told.object_bytes, strict=False):
+            if not 0 < size <= chunk.stored_bytes:
+                raise BadFrame(f"a place of {size} bytes was declared to have {chunk.stored_bytes}")
+            if offset + size > len(memory):
+                raise BadFrame("a place lies outside the node's memory")
+            places.append(memory[offset : offset + size])
+        return places
+
+    def _payload(self, found: Header, deadline: Deadline) -> bytes:
+        """Of a control frame, all of it in time."""
+        data = memoryview(bytearray(found.length))
+        self._socket.receive_into(data, until=deadline.remaining)
+        return bytes(data)
 
     def _answer(self, expected: Kind) -> store_pb2.PutResponse:
         found = self._socket.receive(expected, Kind.END)

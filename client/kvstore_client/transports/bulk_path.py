@@ -42,14 +42,15 @@ def checked_transport(transport: str) -> Transport:
 
 
 class BulkPath:
-    """Belongs to an event loop; `executor`: threads that connections block, `buffers`: what they receive into.
+    """Belongs to an event loop; `executor`: threads that connections block, `gets`: those of whole gets, which may wait
+    for what the others do; `buffers`: what they receive into.
     `on_failure` is told of each failure."""
 
     def __init__(
-        self, seed: str, channel: grpc.aio.Channel, transport: Transport, executor: Executor,
+        self, seed: str, channel: grpc.aio.Channel, transport: Transport, executor: Executor, gets: Executor,
         on_failure: Callable[[KvClientError], None],
     ) -> None:  # fmt: skip
-        self.executor, self.buffers = executor, Buffers()
+        self.executor, self.gets, self.buffers = executor, gets, Buffers()
         self._seed, self._transport, self._on_failure = seed, transport, on_failure
         self._stub = TransferStub(channel)  # type: ignore[no-untyped-call]
         self._unused: list[tuple[float, BulkConnection]] = []
@@ -104,10 +105,12 @@ class BulkPath:
             self._finding.cancel()
             await asyncio.wait([self._finding])
 
-    def start(self, connection: BulkConnection, call: Callable[[], R], deadline: Deadline) -> asyncio.Future[R]:
+    def start(
+        self, connection: BulkConnection, call: Callable[[], R], deadline: Deadline, executor: Executor | None = None
+    ) -> asyncio.Future[R]:
         """A blocking call of `connection` on a thread. At the deadline it ends, or never begins (then the future is
         cancelled); it is not to be cancelled itself."""
-        work = self.executor.submit(call)
+        work = (executor or self.executor).submit(call)
 
         def give_up() -> None:
             if not work.cancel():
@@ -139,7 +142,9 @@ class BulkPath:
         error: KvClientError | None = None
         try:
             answer = await self._ask(deadline)
-            for address in _in_order(answer.addresses, self._transport, self._seed) if answer.version else ():
+            for address in (
+                _in_order(answer.addresses, self._transport, self._seed) if answer.version == VERSION else ()
+            ):
                 try:
                     connection = await self._connect(address, deadline)
                 except KvClientError as problem:

@@ -13,12 +13,13 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from kvstore_proto.v1.bulk import HEADER_BYTES, BadFrame, Header, Kind, header, parse_header
 
 #: Of a TLS record's plaintext there are at most 16 KiB; writes of this size keep them whole and memory bounded.
 TLS_WRITE_BYTES = 1 << 20
+_VECTOR_MAX = 1024  # buffers that the kernel takes in one call
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -60,8 +61,7 @@ class BulkSocket:
         with _failures():
             if self._tls:
                 self._socket.sendall(header(kind, index, len(payload)))
-                for first in range(0, len(payload), TLS_WRITE_BYTES):
-                    self._socket.sendall(payload[first : first + TLS_WRITE_BYTES])
+                self._send_tls(payload)
                 return
             self._socket.sendall(header(kind, index, len(payload)), socket.MSG_MORE if len(payload) else 0)
             if len(payload):
@@ -71,6 +71,23 @@ class BulkSocket:
         """Frames that are complete as they are. Raises as `send`."""
         with _failures():
             self._socket.sendall(data)
+
+    def send_buffers(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Frames that are complete, in pieces, as few system calls as can be. Raises as `send`."""
+        left = [each for each in buffers if len(each)]
+        with _failures():
+            if self._tls:
+                for each in left:
+                    self._send_tls(each)
+                return
+            while left:
+                sent, whole = self._socket.sendmsg(left[:_VECTOR_MAX]), 0
+                while whole < len(left) and sent >= len(left[whole]):
+                    sent -= len(left[whole])
+                    whole += 1
+                left = left[whole:]
+                if sent:
+                    left[0] = memoryview(left[0])[sent:]
 
     def receive(self, *expected: Kind) -> Header:
         """The next frame's header. Raises ConnectionEnded, NoProgress, BadFrame (also for a kind not expected)."""
@@ -133,6 +150,10 @@ class BulkSocket:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _send_tls(self, data: bytes | memoryview) -> None:
+        for first in range(0, len(data), TLS_WRITE_BYTES):
+            self._socket.sendall(data[first : first + TLS_WRITE_BYTES])
 
     def shutdown(self) -> None:
         """From any thread: every call under way or to come ends. Idempotent."""
