@@ -80,7 +80,7 @@ def measure(cache: Namespace, tokens: int) -> dict[str, float]:
     began = time.perf_counter()
     restored.refinement.apply()
     apply_s = time.perf_counter() - began
-    if not complete or whole.n != tokens or out.tobytes() != whole.kv.tobytes():  # type: ignore[union-attr]
+    if not complete or whole.n != tokens or out.tobytes() != whole.kv.tobytes():
         raise SystemExit("bench: the refined values are not those of a whole get")
     return {"get": get_s, "coarse": coarse_s, "all": all_s, "apply": apply_s}
 
