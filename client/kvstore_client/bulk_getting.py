@@ -32,6 +32,8 @@ from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
 
 RECEIVED_AHEAD = 4  # objects received and not decoded
+#: An exact object up to here is copied sooner than another thread would have taken it over.
+AT_ONCE_BYTES_MAX = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -215,23 +217,24 @@ class _Getting:
         return Blob(view, done)
 
     def _decode(self, wanted: Wanted, index: int, blob: Blob, into: KVArray) -> Future[None]:
-        """What becomes of an object: known at once where it is exact, else when a thread has decoded it."""
+        """What becomes of an object: known at once where it is exact and not large, else when a thread has decoded
+        it."""
         chunk = wanted.chunks[index]
         place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
         decode = partial(decode_object, self._node, wanted, chunk, blob, place, self._coder)
-        if chunk.quality is not Quality.RAW:
+        if chunk.quality is Quality.RAW and len(blob.data) <= AT_ONCE_BYTES_MAX:
             try:
-                named = profile_named(wanted, chunk, blob.data)
-                profile = None if named is None else self._profile(named)
+                decode(None, self._tools.timing)
             except KvClientError as error:
-                blob.done()
                 return _failed(error)
-            return self._tools.executor.submit(decode, profile, self._tools.timing)
+            return _WELL
         try:
-            decode(None, self._tools.timing)
+            named = None if chunk.quality is Quality.RAW else profile_named(wanted, chunk, blob.data)
+            profile = None if named is None else self._profile(named)
         except KvClientError as error:
+            blob.done()
             return _failed(error)
-        return _WELL
+        return self._tools.executor.submit(decode, profile, self._tools.timing)
 
     def _profile(self, profile_id: bytes) -> Profile:
         """Raises the typed error of why it cannot be had."""
@@ -261,7 +264,8 @@ class _Getting:
         self._coder.stop()
         for outcome in self._outcomes:
             outcome.cancel()
-        concurrent.futures.wait(self._outcomes)
+        # Not for those that never began: of them a busy executor takes notice late.
+        concurrent.futures.wait([outcome for outcome in self._outcomes if not outcome.done()])
 
     def _counted(self, error: KvClientError | None) -> Fetched:
         fetched = Fetched(error=error)

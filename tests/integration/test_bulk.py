@@ -27,7 +27,8 @@ from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
-from kvstore_client import AsyncClient, Client, InvalidArgument, bulk_getting
+from kvstore_client import AsyncClient, Client, InvalidArgument
+from kvstore_client.fetching import decode_object
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_proto.v1 import admin_pb2, store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import HEADER_BYTES, VERSION, Kind, frame, hello, parse_header
@@ -210,9 +211,13 @@ def test_a_node_that_is_killed_is_found_again(start_node: Callable[..., NodeProc
         node = start_node(*flags, listen=node.address)
         wait_until(lambda: cache.get(TOKENS)[1] == len(TOKENS), "the node is found again")
         kv, tokens = cache.get(TOKENS)
-    assert tokens == len(TOKENS)
-    assert bits(kv) == bits(KV)
-    assert calls(node, "BulkGet") >= 1
+        assert tokens == len(TOKENS)
+        assert bits(kv) == bits(KV)
+        wait_until(
+            lambda: cache.get(TOKENS[:16])[1] == 16 and calls(node, "BulkGet") >= 1,
+            "its bulk path is found again, some seconds after it was looked for in vain",
+            deadline_s=30.0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -261,6 +266,109 @@ def test_shared_memory_is_for_reading(node: NodeProcess) -> None:
         assert os.fstat(descriptor).st_mode & 0o222 == 0, "nobody opens it for more by mistake"
     finally:
         os.close(descriptor)
+
+
+# A get: lookup and objects in one request
+
+
+def get_request(*, places: bool, min_quality: str = "low", quality: str = "raw", lease_ms: int = 60_000) -> bytes:
+    refs = codec.chunk_refs(LAYOUT, TOKENS)
+    lookup = store_pb2.LookupRequest(
+        namespace_id=LAYOUT.namespace_id, chunk_hashes=b"".join(ref.hash for ref in refs), lease_ms=lease_ms
+    )
+    return transfer_pb2.BulkGet(
+        lookup=lookup, quality=codec.Quality.parse(quality), min_quality=codec.Quality.parse(min_quality),
+        places=places, hold_ms=60_000,
+    ).SerializeToString()  # fmt: skip
+
+
+def frames(connection: BulkSocket) -> list[tuple[Kind, int, bytes]]:
+    """Of one answer, up to its END."""
+    came: list[tuple[Kind, int, bytes]] = []
+    while not came or came[-1][0] is not Kind.END:
+        found = connection.receive(Kind.FOUND, Kind.OBJECT, Kind.PLACES, Kind.END)
+        came.append((found.kind, found.index, connection.payload(found)))
+    return came
+
+
+def put_some(node: NodeProcess, tokens: int, quality: str = "raw") -> None:
+    with Client(node.address, strict=True, deadline=20.0, registry=CollectorRegistry()) as client:
+        kv = codec.token_slice(KV, 0, tokens)
+        client.namespace(LAYOUT).put(TOKENS[:tokens], kv, quality=quality, durable=True)
+
+
+def test_a_get_answers_what_there_is_and_brings_it(node: NodeProcess) -> None:
+    put_some(node, 64)
+    for evict in (False, True):
+        if evict:
+            node.admin.Evict(admin_pb2.EvictRequest(tier="host"), timeout=10)
+        with let_in(node) as connection:
+            connection.send(Kind.GET, 0, get_request(places=False))
+            (kind, _, payload), *objects, (_, _, ended) = frames(connection)
+            found = store_pb2.LookupResponse.FromString(payload)
+            assert kind is Kind.FOUND
+            assert list(found.tokens) == [16] * 4
+            assert found.lease_id
+            assert [(kind, index) for kind, index, _ in objects] == [(Kind.OBJECT, index) for index in range(4)]
+            assert [len(blob) for _, _, blob in objects] == list(found.stored_bytes)
+            assert ended == b""
+            connection.send(Kind.GET, 0, get_request(places=False))
+            assert len(frames(connection)) == 6, "the connection is good for more"
+    wait_until(lambda: gauge(node, "kvstore_leases") == 0, "a get's lease ends with it")
+
+
+def test_a_get_brings_no_more_than_is_good_enough(node: NodeProcess) -> None:
+    put_some(node, 32, "raw")
+    put_some(node, 64, "medium")
+    with let_in(node) as connection:
+        for floor, objects in (("raw", 2), ("high", 2), ("medium", 4), ("low", 4)):
+            connection.send(Kind.GET, 0, get_request(places=False, min_quality=floor))
+            (_, _, payload), *came = frames(connection)
+            assert len(store_pb2.LookupResponse.FromString(payload).tokens) == 4
+            assert [kind for kind, _, _ in came] == [Kind.OBJECT] * objects + [Kind.END]
+
+
+def test_a_get_of_nothing_finds_nothing(node: NodeProcess) -> None:
+    with let_in(node) as connection:
+        connection.send(Kind.GET, 0, get_request(places=False))
+        assert frames(connection) == [(Kind.FOUND, 0, b""), (Kind.END, 0, b"")]
+
+
+def test_all_places_of_a_get_are_one_frame(node: NodeProcess) -> None:
+    put_some(node, 256)
+    with let_in(node, local=True) as connection:
+        connection.send(Kind.MAP, 0)
+        os.close(connection.receive_descriptor(Kind.MAPPED)[1])
+        connection.send(Kind.GET, 0, get_request(places=True))
+        (_, _, payload), (kind, index, told), (ended, _, _) = frames(connection)
+        places = transfer_pb2.Places.FromString(told)
+        assert (kind, index, ended) == (Kind.PLACES, 0, Kind.END)
+        assert list(places.object_bytes) == list(store_pb2.LookupResponse.FromString(payload).stored_bytes)
+        node.admin.Evict(admin_pb2.EvictRequest(tier="host"), timeout=10)
+        assert gauge(node, WAITING) > 0, "they are held"
+        release(connection)
+    wait_until(lambda: gauge(node, WAITING) == 0, "the memory is free")
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [{"namespace_id": b"short"}, {"chunk_hashes": b"x"}, {"part": 1 << 30}, {"first_chunk_hash": b"x"}],
+    ids=["namespace", "hashes", "part", "first chunk"],
+)
+def test_a_get_that_asks_for_nonsense_is_refused(node: NodeProcess, lies: dict[str, Any]) -> None:
+    asked = transfer_pb2.BulkGet.FromString(get_request(places=False))
+    for name, value in lies.items():
+        setattr(asked.lookup, name, value)
+    with let_in(node) as connection:
+        connection.send(Kind.GET, 0, asked.SerializeToString())
+        ended = transfer_pb2.Ended.FromString(connection.payload(connection.receive(Kind.END)))
+        assert ended.code == "invalid_request"
+    for name in ("quality", "min_quality"):
+        asked = transfer_pb2.BulkGet.FromString(get_request(places=False))
+        setattr(asked, name, 99)
+        with let_in(node) as connection:
+            connection.send(Kind.GET, 0, asked.SerializeToString())
+            assert connection.receive(Kind.END)
 
 
 # What is read in place
@@ -319,13 +427,12 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
         cache = client.namespace(LAYOUT)
         cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
         assert cache.get(TOKENS[:256])[1] == 256
-        decode = bulk_getting.decode_object
 
         def slowly(*arguments: Any) -> None:
             threading.Event().wait(2.0)
-            decode(*arguments)
+            decode_object(*arguments)
 
-        monkeypatch.setattr(bulk_getting, "decode_object", slowly)
+        monkeypatch.setattr("kvstore_client.bulk_getting.decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256

@@ -7,8 +7,8 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 from typing import NamedTuple
 
 import grpc
@@ -221,19 +221,32 @@ class BulkConnection:
         if ended.status:
             raise from_status(_STATUS.get(ended.status, grpc.StatusCode.UNKNOWN), ended.details, self.node)
 
-    @contextmanager
-    def _failures(self, deadline: Deadline) -> Iterator[None]:
+    def _failures(self, deadline: Deadline) -> _Failures:
         self._socket.limit(deadline.remaining())
-        try:
-            yield
-        except ConnectionEnded as error:
-            if deadline.remaining() <= 0:  # it was shut down for that
-                raise DeadlineExceeded("the node did not answer in time", node=self.node) from None
-            raise Unavailable("the bulk connection ended", node=self.node, details=str(error)) from None
-        except NoProgress:
-            raise DeadlineExceeded("the node did not answer in time", node=self.node) from None
-        except (BadFrame, DecodeError) as error:
-            raise ProtocolViolation("the bulk path was answered out of place", node=self.node, details=str(error)
+        return _Failures(self.node, deadline)
+
+
+class _Failures:
+    """Makes typed errors of what a socket raises inside."""
+
+    __slots__ = ("_deadline", "_node")
+
+    def __init__(self, node: str, deadline: Deadline) -> None:
+        self._node, self._deadline = node, deadline
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, NoProgress) or (isinstance(error, ConnectionEnded) and self._deadline.remaining() <= 0):
+            # It may have been shut down for that.
+            raise DeadlineExceeded("the node did not answer in time", node=self._node) from None
+        if isinstance(error, ConnectionEnded):
+            raise Unavailable("the bulk connection ended", node=self._node, details=str(error)) from None
+        if isinstance(error, BadFrame | DecodeError):
+            raise ProtocolViolation("the bulk path was answered out of place", node=self._node, details=str(error)
                                     ) from None  # fmt: skip
 
 
