@@ -36,6 +36,8 @@ from kvstore_proto.v1.framing import HASHES_MAX
 DECODES_MAX = 4  # objects received and not yet decoded
 #: The profile with an id, or the KvClientError that says why it cannot be had.
 ProfileSource = Callable[[bytes], Coroutine[Any, Any, Profile]]
+#: Takes a copy of an object that was good, with the profile that it was decoded with; in the decoding thread.
+Keep = Callable[[ChunkHit, memoryview, "Profile | None"], None]
 
 
 @dataclass
@@ -49,12 +51,13 @@ class Fetched:
 async def fetch(
     node: Node, wanted: Wanted, lease_ids: Sequence[bytes], into: KVArray, executor: Executor, deadline: Deadline,
     count_received: Callable[[int], None], profile_of: ProfileSource | None = None, timing: Timing | None = None,
+    keep: Keep | None = None,
 ) -> Fetched:  # fmt: skip
     """Fetches and decodes `wanted.chunks` into `into`, which starts with the first of them. Never raises for what a
     node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more.
 
     `profile_of`: asked for the profile of an object that names one; without it no such object can be read. `timing`:
-    sees when what comes; where it ends the fetch, that is no error."""
+    sees when what comes; where it ends the fetch, that is no error. `keep`: sees what was decoded."""
     fetched = Fetched()
     decodes: list[Future[None]] = []
     running: list[Future[None]] = []
@@ -74,7 +77,7 @@ async def fetch(
                     named = profile_named(wanted, chunk, blob.data)
                     profile = await profile_of(named) if named is not None and profile_of is not None else None
                     decodes.append(
-                        executor.submit(decode_object, node, wanted, chunk, blob, place, coder, profile, timing)
+                        executor.submit(decode_object, node, wanted, chunk, blob, place, coder, profile, timing, keep)
                     )
                     running.append(decodes[-1])
                     await wait_for_turn(running, deadline)
@@ -129,7 +132,7 @@ async def _objects(
 
 def decode_object(
     node: Node, wanted: Wanted, chunk: ChunkHit, received: Blob, place: KVArray, coder: DeadlineCoder,
-    profile: Profile | None, timing: Timing | None = None,
+    profile: Profile | None, timing: Timing | None = None, keep: Keep | None = None,
 ) -> None:  # fmt: skip
     """Raises BadObject, DeadlineExceeded."""
     blob = received.data
@@ -148,6 +151,8 @@ def decode_object(
         )  # fmt: skip
         if timing is not None:
             timing.decoded(header, len(blob), time.perf_counter() - began)
+        if keep is not None:
+            keep(chunk, blob, profile)
     except codec.ObjectError as error:
         raise from_codec(error, node.address) from error
     finally:

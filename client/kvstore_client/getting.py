@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import kvstore_codec as codec
 from kvstore_client.arguments import LEASE_MS_MAX
@@ -18,6 +19,7 @@ from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
 from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.pace import Timing
 from kvstore_client.planned import Goal, NamespacePlanner
+from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import Hit
 from kvstore_client.session import Session
 from kvstore_client.transports.wanted import Wanted
@@ -38,15 +40,17 @@ class Gets:
 
     async def get(
         self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
-        limit: Deadline, goal: Goal | None,
+        limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None,
     ) -> tuple[KVArray, int]:  # fmt: skip
-        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable."""
+        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable.
+
+        A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
         asked = Asked(self._layout, self._part, refs, wanted, floor, lease_ms, out)
 
         async def ask(node: Node, timeout_s: float) -> Got | Hit:
             found_by = Deadline(timeout_s)
-            if goal is None and len(refs) <= HASHES_MAX:
+            if goal is None and refinement is None and len(refs) <= HASHES_MAX:
                 tools = Tools(self._session.executor, self._planner.timing(node), self._profile_of(node, limit))
                 if (got := await bulk_get(node, asked, tools, found_by, limit)) is not None:
                     return got
@@ -60,7 +64,9 @@ class Gets:
             self._session.forgive("get", error)
             self._session.count_miss(error.code.value)
             return codec.token_slice(asked.room(()), 0, 0), 0
-        got = answer if isinstance(answer, Got) else await self._fetched(node, answer, asked, limit, goal)
+        got = answer if isinstance(answer, Got) else await self._fetched(
+            node, answer, asked, limit, goal, refinement
+        )  # fmt: skip
         problem = got.fetched.error
         if problem is not None:
             if isinstance(problem, ProfileMissing):
@@ -69,10 +75,15 @@ class Gets:
             self._session.forgive("get", problem)
         if got.fetched.chunks < len(refs):
             self._session.count_miss(_reason(got, planned=goal is not None))
+        if refinement is not None and isinstance(answer, Hit):
+            refinement.go_on(node, got.fetched.chunks, answer.lease, got.into, limit.seconds)
         tokens = sum(chunk.tokens for chunk in got.chunks[: got.fetched.chunks])
         return codec.token_slice(got.into, 0, tokens), tokens
 
-    async def _fetched(self, node: Node, hit: Hit, asked: Asked, limit: Deadline, goal: Goal | None) -> Got:
+    async def _fetched(
+        self, node: Node, hit: Hit, asked: Asked, limit: Deadline, goal: Goal | None,
+        refinement: AsyncRefinement | None,
+    ) -> Got:  # fmt: skip
         """What a lookup found, fetched."""
         chunks = good_enough(hit.chunks, asked.min_quality)
         into = asked.room(chunks)
@@ -82,10 +93,13 @@ class Gets:
             before = part.chunks[0].first_token // self._layout.chunk_tokens
             return await fetch(
                 node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
-                self._profile_of(node, limit), timing,
+                self._profile_of(node, limit), timing, None if refinement is None else refinement.keep,
             )  # fmt: skip
 
         wants = Wanted(self._layout, self._part, chunks, asked.quality, asked.min_quality)
+        if refinement is not None:
+            refinement.begin(wants)
+            wants = wants if goal is not None else replace(wants, quality=asked.min_quality)
         if not chunks:
             fetched = Fetched()
         elif goal is None:

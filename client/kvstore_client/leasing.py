@@ -14,6 +14,7 @@ from kvstore_client.session import Session
 from kvstore_proto.v1 import store_pb2 as pb
 
 HEARTBEATS = 3  # in the time that a lease runs, so that one may get lost
+RELEASE_S_MAX = 1.0  # of letting go of a lease, which runs out by itself
 
 
 async def renew(session: Session, lease: Lease, lease_ms: int, deadline: Deadline) -> bool:
@@ -57,8 +58,9 @@ async def _beat(session: Session, lease: Lease) -> None:
 
 
 async def _counted(session: Session, lease: Lease, lease_ms: int) -> bool:
+    seconds = lease.duration_ms / 1000 / HEARTBEATS
     try:
-        return await renew(session, lease, lease_ms, Deadline(lease.duration_ms / 1000 / HEARTBEATS))
+        return await renew(session, lease, lease_ms, Deadline(seconds if lease_ms else min(seconds, RELEASE_S_MAX)))
     except KvClientError as error:
         session.metrics.failures.labels("renew", error.code.value).inc()
         session.warn("renew", error.code, str(error))

@@ -28,7 +28,7 @@ async def fetch(
     node: Node, request: pb.FetchRequest, context: Context, *, stream_idle_s: float, metrics: StreamMetrics
 ) -> None:
     """Raises InvalidRequest, StreamStalled (the reader took nothing for `stream_idle_s`), and the node's errors."""
-    chain = ChainReader(node, *requests.fetch(request), BATCH_BYTES, 1)
+    chain = ChainReader(node, *requests.fetch(request), BATCH_BYTES, 1, requests.held_bytes(request))
     batch, index = chain.at_once(), 0
     upcoming: asyncio.Future[list[memoryview]] | None = None
     try:

@@ -6,6 +6,7 @@ memory that one request can ask for; the messages themselves are bounded by `fra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -106,6 +107,14 @@ def fetch(request: pb.FetchRequest) -> tuple[list[ObjectKey], Quality, bytes]:
     lease_id(request.lease_id)
     keys = [ObjectKey(namespace_id, chunk_hash, of_part) for chunk_hash in hashes(request.chunk_hashes)]
     return keys, quality(request.quality), first_chunk(request.first_chunk_hash)
+
+
+def held_bytes(request: pb.FetchRequest) -> Sequence[int]:
+    """What the reader has of each chunk of a fetch; empty: nothing of any."""
+    chunks = len(request.chunk_hashes) // HASH_BYTES
+    if request.held_bytes and len(request.held_bytes) != chunks:
+        raise InvalidRequest("held_bytes must say of each chunk", got=len(request.held_bytes), chunks=chunks)
+    return request.held_bytes
 
 
 def hash_prefix(value: bytes) -> bytes:

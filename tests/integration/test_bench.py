@@ -321,6 +321,29 @@ def test_the_transfer_benchmark_moves_the_same_bytes_by_every_route(tmp_path: Pa
                 assert way["bytes_per_second"] == pytest.approx(report["total_bytes"] / (sum(way["seconds"]) / 2))
 
 
+@pytest.mark.slow
+def test_the_trace_of_a_get_adds_up(tmp_path: Path) -> None:
+    kv_path, figures, drawn = tmp_path / "kv.npy", tmp_path / "figures.json", tmp_path / "trace.png"
+    np.save(kv_path, np.tile(kv_like_values(), (1, 1, 8, 1, 1)))  # 640 tokens: three chunks
+    subprocess.run(
+        [
+            sys.executable, "-m", "bench.trace_get", "--loopback", "--rounds", "1", "--kv", kv_path, "--json", figures,
+            "--plot", drawn,
+        ],
+        cwd=REPOSITORY, capture_output=True, timeout=300, check=True,
+        env=clean_environment(PYTHONPATH=str(REPOSITORY / "tests/support")),
+    )  # fmt: skip
+    for result in json.loads(figures.read_text()):
+        trace = result["trace"]
+        assert [len(trace[name]) for name in ("receiving", "decoding")] == [3, 3]
+        for (on_its_way, received), (begun, done) in zip(trace["receiving"], sorted(trace["decoding"]), strict=True):
+            assert 0 < trace["found"] <= on_its_way + 1e-3
+            assert on_its_way < received < begun < done < trace["took"] == result["get_s"]
+        slowest_s = max(result["receive_s"], result["decode_s"])
+        assert result["shares"] == [pytest.approx(slowest_s / result["get_s"])]
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_route_that_gives_back_other_bytes_fails() -> None:
     from bench import transfer  # here, as bench/ is no part of a wheel
     from bench.routes import Objects, memcpy_route

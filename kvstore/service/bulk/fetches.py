@@ -40,7 +40,10 @@ class Fetches:
 
     def fetch(self, asked: transfer_pb2.BulkFetch, *, places: bool) -> list[memoryview]:
         """The objects whose places were told: to be held until the client releases them. `places`: they may be."""
-        chain = ChainReader(self._node, *requests.fetch(asked.request), _batch_bytes(places), BATCH_BYTES)
+        chain = ChainReader(
+            self._node, *requests.fetch(asked.request), _batch_bytes(places), BATCH_BYTES,
+            requests.held_bytes(asked.request),
+        )  # fmt: skip
         return self._answer(chain, [], b"", places)
 
     def get(self, asked: transfer_pb2.BulkGet, *, places: bool) -> list[memoryview]:

@@ -98,20 +98,22 @@ class RenewResponse(_message.Message):
     def __init__(self, lease_ms: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id", "first_chunk_hash")
+    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id", "held_bytes", "first_chunk_hash")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     chunk_hashes: bytes
     part: int
     quality: int
     lease_id: bytes
+    held_bytes: _containers.RepeatedScalarFieldContainer[int]
     first_chunk_hash: bytes
-    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., lease_id: _Optional[bytes] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., lease_id: _Optional[bytes] = ..., held_bytes: _Optional[_Iterable[int]] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("chunk_index", "object_bytes", "offset", "data")
