@@ -28,15 +28,15 @@ class AsyncClient:
 
     `target`: "host:port", "unix:///path", or several of them (a list, or with commas). `deadline`: seconds that a
     call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
-    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "grpc"; or, where the
-    node has it, "tcp", "unix" or "shm" (this machine's shared memory); or "auto", the best of them all. Connects when
-    first used; raises InvalidArgument.
+    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "auto", the best
+    way that is found; or "grpc"; or, where the node has it, "tcp", "unix" or "shm" (this machine's shared memory).
+    Connects when first used; raises InvalidArgument.
     """
 
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
-        transport: Transport = "grpc",
+        transport: Transport = "auto",
     ) -> None:  # fmt: skip
         self._session = Session(
             parse_target(target), deadline_s=deadline, strict=strict, threads=threads, tenant_key=tenant_key,
