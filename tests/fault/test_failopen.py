@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import failopen
 import pytest
 from failopen_calls import HELD, HELD_CHUNKS, LAYOUT, is_right, kv_of, tokens_of
 from fault_relay import FaultRelay
+from hostile_server import Held, HostileServer
 from kv_objects import small_layout
 from kv_strategies import random_kv
 from node_process import NodeProcess
@@ -22,6 +24,7 @@ from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
 from kvstore_client import Client
+from kvstore_proto.v1 import transfer_pb2
 
 CYCLES = 30  # each fault once over each transport
 LATE_MS_MAX, RECOVERY_S_MAX = 500.0, 8.0  # for a machine that is busy; `make failopen` has the real ones
@@ -80,6 +83,20 @@ def test_a_connection_that_swallows_everything_is_replaced(relay: FaultRelay) ->
         wait_until(lambda: cache.get(TOKENS, deadline=DEADLINE_S)[1] == len(TOKENS), "there are hits again")
         kv, tokens = cache.get(TOKENS)
         assert is_right(kv, tokens, HELD, HELD_CHUNKS)
+
+
+def test_a_path_that_is_not_found_in_time_leaves_time_for_grpc() -> None:
+    held = Held.of(small_layout("unfound"), 2, seed=5)
+    over = threading.Event()
+
+    def hangs(request: transfer_pb2.ConnectRequest, context: object) -> transfer_pb2.ConnectResponse:
+        over.wait(PATIENT_S)
+        return transfer_pb2.ConnectResponse()
+
+    with HostileServer(lookup=held.lookup, fetch=held.fetch, connect=hangs) as server:
+        with connect(server.address, transport="tcp") as client:
+            assert client.namespace(held.layout).get(held.tokens, deadline=1.5)[1] == len(held.tokens)
+        over.set()
 
 
 def test_a_call_under_way_outlives_the_connection_that_it_is_on(node: NodeProcess, relay: FaultRelay) -> None:

@@ -62,7 +62,7 @@ class BulkPath:
 
     async def take(self, deadline: Deadline) -> BulkConnection | None:
         """A connection for one request, None where gRPC has to do. A transport that was asked for by name is waited
-        for, the best of all is not."""
+        for, at most half of the time that is left; the best of all is not."""
         if self._transport == "grpc" or self._closed:
             return None
         while self._unused:
@@ -79,7 +79,7 @@ class BulkPath:
         if self._finding is None and time.monotonic() >= self._not_before:
             self._finding = asyncio.get_running_loop().create_task(self._find())
         if self._finding is not None and self._transport != "auto":
-            await asyncio.wait([self._finding], timeout=deadline.remaining())
+            await asyncio.wait([self._finding], timeout=deadline.share(2))
             if self._unused:
                 return self._unused.pop()[1]
         return None
