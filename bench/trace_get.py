@@ -115,9 +115,9 @@ class TracedTiming(Timing):
         self.trace.found = self.clock() - self.began
         super().answered(seconds)
 
-    def came(self, size_bytes: int, seconds: float, now: float) -> None:
+    def came(self, size_bytes: int, seconds: float, waited_s: float, now: float) -> None:
         self.trace.receiving.append((now - seconds - self.began, now - self.began))
-        super().came(size_bytes, seconds, now)
+        super().came(size_bytes, seconds, waited_s, now)
 
     def decoded(self, header: codec.ObjectHeader, size_bytes: int, seconds: float) -> None:
         now = self.clock() - self.began

@@ -29,8 +29,8 @@ class AsyncClient:
 
     `target`: "host:port", "unix:///path", or several of them (a list, or with commas). `deadline`: seconds that a
     call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
-    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "grpc"; or, where the
-    node has it, "tcp", "unix" or "shm" (this machine's shared memory); or "auto", the best of them all.
+    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "auto", the best way that
+    is found; or "grpc"; or, where the node has it, "tcp", "unix" or "shm" (this machine's shared memory).
     `background_bytes`: of KV that may wait to be put in the background, beyond which such puts are dropped. Connects
     when first used; raises InvalidArgument.
     """
@@ -38,7 +38,7 @@ class AsyncClient:
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
-        transport: Transport = "grpc", background_bytes: int = QUEUE_BYTES_MAX,
+        transport: Transport = "auto", background_bytes: int = QUEUE_BYTES_MAX,
     ) -> None:  # fmt: skip
         self._session = Session(
             parse_target(target), deadline_s=deadline, strict=strict, threads=threads, tenant_key=tenant_key,

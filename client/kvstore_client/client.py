@@ -46,7 +46,7 @@ class Client:
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
-        transport: Transport = "grpc", background_bytes: int = QUEUE_BYTES_MAX,
+        transport: Transport = "auto", background_bytes: int = QUEUE_BYTES_MAX,
     ) -> None:  # fmt: skip
         self._async = AsyncClient(
             target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry,

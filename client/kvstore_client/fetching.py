@@ -184,7 +184,7 @@ async def wait_for_turn(running: list[Future[None]], deadline: Deadline) -> None
         await settle(running, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
 
 
-async def settle(decodes: Sequence[Future[None]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
+async def settle(decodes: Sequence[Future[Any]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
     """Until the decodes that run now are done (or the first of them), or the time is up."""
     running = [asyncio.wrap_future(decode) for decode in decodes if not decode.done()]
     if not running:
@@ -194,12 +194,12 @@ async def settle(decodes: Sequence[Future[None]], timeout_s: float, return_when:
     await asyncio.wait(running, timeout=timeout_s, return_when=return_when)
 
 
-def _seen(future: asyncio.Future[None]) -> None:
+def _seen(future: asyncio.Future[Any]) -> None:
     if not future.cancelled():
         future.exception()
 
 
-async def call_off(decodes: Sequence[Future[None]]) -> None:
+async def call_off(decodes: Sequence[Future[Any]]) -> None:
     """Cancels the decodes that have not started and waits for the others, which stop soon."""
     for decode in decodes:
         decode.cancel()

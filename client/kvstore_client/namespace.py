@@ -76,8 +76,9 @@ class AsyncNamespace:
     ) -> AsyncIterator[Hit]:  # fmt: skip
         """`lookup`, whose lease is renewed by heartbeat while inside and given back at the end: the chunks of the hit
         stay for as long as it takes to read them."""
+        limit = self._session.begin(deadline)
         hit = await self.lookup(token_ids, lease_ms=lease_ms, deadline=deadline)
-        async with kept_alive(self._session, hit.lease):
+        async with kept_alive(self._session, hit.lease, limit.seconds):
             yield hit
 
     async def renew(self, hit: Hit, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> bool:

@@ -22,7 +22,7 @@ from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ClientClosed, DeadlineExceeded, KvClientError, ObjectForeign, from_codec
 from kvstore_client.fetching import call_off, settle
 from kvstore_client.kv_views import sliceable
-from kvstore_client.leasing import kept_alive
+from kvstore_client.leasing import RELEASE_S_MAX, kept_alive
 from kvstore_client.metrics import ABSENT
 from kvstore_client.results import ChunkHit, Lease
 from kvstore_client.session import Session
@@ -172,7 +172,7 @@ class AsyncRefinement:
     async def _fetch(self, node: Node, lease: Lease | None, limit: Deadline) -> None:
         try:
             with self._session.timed(CALL):
-                async with kept_alive(self._session, lease):
+                async with kept_alive(self._session, lease, RELEASE_S_MAX):
                     for first, run in self._runs():
                         ids = lease.ids if lease is not None else ()
                         number = first // HASHES_MAX

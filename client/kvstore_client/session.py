@@ -21,7 +21,7 @@ import kvstore_codec as codec
 from kvstore_client.background import BackgroundPuts
 from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline, checked_seconds
-from kvstore_client.errors import ClientClosed, ErrorCode, KvClientError
+from kvstore_client.errors import ClientClosed, DeadlineExceeded, ErrorCode, KvClientError
 from kvstore_client.metrics import OncePerReason, client_metrics
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
@@ -90,9 +90,16 @@ class Session:
         Raises the last error."""
         nodes = list(self.connections.ranked(key))
         for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+            began_s = time.monotonic()
             try:
-                return node, await function(node, timeout_s(deadline, left))
+                result = await function(node, timeout_s(deadline, left))
+                self.connections.answered(node)
+                return node, result
             except KvClientError as error:
+                if isinstance(error, DeadlineExceeded):
+                    self.connections.unanswered(node, began_s)
+                else:
+                    self.connections.answered(node)
                 self.metrics.failures.labels(call, error.code.value).inc()
                 if left == 1 or self._closed or not worth_another_node(error):
                     raise

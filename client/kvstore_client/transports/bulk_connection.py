@@ -6,6 +6,7 @@ import mmap
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
@@ -27,6 +28,7 @@ from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 ABSTRACT = "unix-abstract:"
 #: Beyond a call's deadline, so that a slow clock does not take a place from who still reads it.
 HOLD_MARGIN_MS = 1_000
+HOLD_MS_MAX = 2**32 - 1  # as the protocol can say it
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -48,8 +50,9 @@ class BulkConnection:
         self.memory: Memory | None = None
         try:
             self._socket = BulkSocket(_connected(address, deadline.remaining()), deadline.remaining())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what the node said is no address
             raise Unavailable("the node's bulk path cannot be reached", node=node, details=str(error)) from None
+        self._end = weakref.finalize(self, self._socket.close)  # also of a client that is dropped rather than closed
         try:
             with self._failures(deadline):
                 # The hello carries its own header.
@@ -89,7 +92,7 @@ class BulkConnection:
         Whether some are in the node's memory: then `release` tells if what was read of it is good."""
         request = transfer_pb2.BulkFetch(
             request=wanted.request(lease_id), places=self.memory is not None,
-            hold_ms=int(deadline.remaining() * 1000) + HOLD_MARGIN_MS,
+            hold_ms=min(int(deadline.remaining() * 1000) + HOLD_MARGIN_MS, HOLD_MS_MAX),
         )  # fmt: skip
         in_place = False
         with self._failures(deadline):
@@ -187,7 +190,7 @@ class BulkConnection:
         self._socket.shutdown()
 
     def close(self) -> None:
-        self._socket.close()
+        self._end()
 
     def _in_place(self, payload: bytes, chunks: Sequence[ChunkHit]) -> list[memoryview]:
         told = transfer_pb2.Places.FromString(payload)

@@ -28,6 +28,7 @@ Transport = Literal["auto", "grpc", "tcp", "unix", "shm"]
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
 ATTEMPT_S = 2.0  # at finding a way
 AGAIN_S = 5.0  # after which a way that failed is looked for again
+ASK_AGAIN_S = 0.2  # after which a node that could not even be asked is asked again: it may be back
 UNUSED_MAX = 4  # connections kept open
 UNUSED_S_MAX = 120.0  # less than a node's patience
 LATE_S = 0.01  # a thread that gives up by itself says why
@@ -62,7 +63,7 @@ class BulkPath:
 
     async def take(self, deadline: Deadline) -> BulkConnection | None:
         """A connection for one request, None where gRPC has to do. A transport that was asked for by name is waited
-        for, the best of all is not."""
+        for, at most half of the time that is left; the best of all is not."""
         if self._transport == "grpc" or self._closed:
             return None
         while self._unused:
@@ -79,7 +80,7 @@ class BulkPath:
         if self._finding is None and time.monotonic() >= self._not_before:
             self._finding = asyncio.get_running_loop().create_task(self._find())
         if self._finding is not None and self._transport != "auto":
-            await asyncio.wait([self._finding], timeout=deadline.remaining())
+            await asyncio.wait([self._finding], timeout=deadline.share(2))
             if self._unused:
                 return self._unused.pop()[1]
         return None
@@ -140,8 +141,10 @@ class BulkPath:
         """Tries the node's ways, best first; the first that works is taken from now on."""
         deadline = Deadline(ATTEMPT_S)
         error: KvClientError | None = None
+        again_s = ASK_AGAIN_S
         try:
             answer = await self._ask(deadline)
+            again_s = AGAIN_S
             for address in (
                 _in_order(answer.addresses, self._transport, self._seed) if answer.version == VERSION else ()
             ):
@@ -157,7 +160,7 @@ class BulkPath:
             error = problem
         finally:
             self._finding = None
-            self._not_before = time.monotonic() + AGAIN_S
+            self._not_before = time.monotonic() + again_s
         if error is not None:
             self._on_failure(error)
 
@@ -175,7 +178,11 @@ class BulkPath:
                     raise
             return connection
 
-        connection = await asyncio.get_running_loop().run_in_executor(self.executor, connect)
+        connecting = asyncio.get_running_loop().run_in_executor(self.executor, connect)
+        try:
+            connection = await asyncio.wait_for(connecting, deadline.remaining() + LATE_S)
+        except asyncio.TimeoutError:  # such as where no thread is free; a connection that comes late is dropped
+            raise DeadlineExceeded("the node did not answer in time", node=self._seed) from None
         self._memory = connection.memory
         return connection
 
