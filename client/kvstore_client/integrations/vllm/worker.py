@@ -7,7 +7,7 @@ blocks out at the end of the step that computed them; encoding and sending are a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from functools import partial
 
 from kvstore_client.integrations.vllm.config import ConnectorConfig
@@ -58,6 +58,11 @@ class WorkerSide:
         self._saving.add(sent)
         sent.add_done_callback(partial(self._sent, save, pages))
 
+    @property
+    def saving(self) -> int:
+        """Saves under way."""
+        return len(self._saving)
+
     def finished_loads(self) -> set[str]:
         """Requests whose loads have ended since the last call; `failed_blocks` has what they did not bring."""
         ended = {request_id for request_id, (_, loaded) in self._loading.items() if loaded.done()}
@@ -107,12 +112,13 @@ class WorkerSide:
     def _sent(self, save: Save, pages: Sequence[int], sent: Future[PutResult]) -> None:
         """What went wrong cost these chunks, nothing else."""
         self._staging.give_back(pages)
-        self._saving.discard(sent)
-        problem = None if sent.cancelled() else sent.exception()
-        if sent.cancelled() or problem:
+        problem = CancelledError("the engine shut down") if sent.cancelled() else sent.exception()
+        if problem:
             self._metrics.saves.labels("failed").inc()
             self._metrics.log.warn("save", type(problem).__name__, str(problem))
-            return
-        rejected = sent.result().rejected
-        self._metrics.saves.labels("rejected" if rejected else "stored").inc()
-        self._metrics.tokens.labels("save").inc(0 if rejected else len(save.tokens) - save.first_token)
+        elif sent.result().rejected:
+            self._metrics.saves.labels("rejected").inc()
+        else:
+            self._metrics.saves.labels("stored").inc()
+            self._metrics.tokens.labels("save").inc(len(save.tokens) - save.first_token)
+        self._saving.discard(sent)
