@@ -13,7 +13,7 @@ SECONDS ?= 60
 LOOPS   ?= 100
 MINUTES ?= 10
 PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
-SOURCE := kvstore codec client cluster protos bench tests
+SOURCE := kvstore codec client cluster protos bench examples tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds torture soak clean

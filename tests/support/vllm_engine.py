@@ -75,6 +75,12 @@ class EngineProcess:
         answer: dict[str, float] = self._answer(ANSWER_S_MAX)
         return answer
 
+    def hooks(self) -> dict[str, dict[str, float]]:
+        """See bench.vllm_hooks.HookTimes.table."""
+        self._ask({"hooks": True})
+        answer: dict[str, dict[str, float]] = self._answer(ANSWER_S_MAX)
+        return answer
+
     def reset(self) -> None:
         """Forgets the engine's own prefix cache."""
         self._ask({"reset": True})

@@ -1,8 +1,9 @@
 """A vLLM engine in a process of its own, told what to do by JSON lines on stdin; one line answers each.
 
 Started by `vllm_engine.EngineProcess`. Requests: {"prompts": [[token ids] …], "max_tokens": n, "salt": text or null} →
-{"tokens": [[…]…], "first_token_s": [seconds…], "computed": [prompt tokens that the engine did compute…]};
-{"counters": true} → the connector's counters; {"reset": true} → forgets the engine's own prefix cache.
+{"tokens": [[…]…], "first_token_s": [seconds…], "cached": [prompt tokens that were not computed…], "reasons": […]};
+{"counters": true} → the connector's counters; {"hooks": true} → see bench.vllm_hooks; {"reset": true} → forgets the
+engine's own prefix cache.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for bench
 ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
 os.dup2(2, 1)  # what vLLM prints goes to the log
 
 from prometheus_client import REGISTRY  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
+
+from bench.vllm_hooks import HookTimes  # noqa: E402
+from kvstore_client.integrations.vllm import KVStoreConnector  # noqa: E402
 
 
 def counters() -> dict[str, float]:
@@ -62,6 +68,7 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, salt: str | No
 
 
 def main() -> None:
+    hooks = HookTimes(KVStoreConnector)
     llm = LLM(**json.loads(sys.argv[1]))
     print(json.dumps({"ready": True}), file=ANSWERS)
     for line in sys.stdin:
@@ -70,6 +77,8 @@ def main() -> None:
             answer: Any = generate(llm, asked["prompts"], asked["max_tokens"], asked.get("salt"))
         elif "reset" in asked:
             answer = {"reset": llm.reset_prefix_cache()}
+        elif "hooks" in asked:
+            answer = hooks.table()
         else:
             answer = counters()
         print(json.dumps(answer), file=ANSWERS)

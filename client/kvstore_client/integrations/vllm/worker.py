@@ -59,6 +59,11 @@ class WorkerSide:
         sent.add_done_callback(partial(self._sent, save, pages))
 
     @property
+    def loading(self) -> int:
+        """Loads that have not been reported finished."""
+        return len(self._loading)
+
+    @property
     def saving(self) -> int:
         """Saves under way."""
         return len(self._saving)
