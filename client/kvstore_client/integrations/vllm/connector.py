@@ -1,0 +1,149 @@
+"""`KVStoreConnector`: vLLM's connector interface over the two sides. The only module here that imports vLLM.
+
+vLLM makes one for its scheduler and one for each worker; what the first decides in a step reaches the second as that
+step's metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import vllm
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+
+from kvstore_client.client import Client
+from kvstore_client.errors import InvalidArgument
+from kvstore_client.integrations.vllm.config import ConnectorConfig
+from kvstore_client.integrations.vllm.engine import check_version, facts_of, pages_of
+from kvstore_client.integrations.vllm.identity import Namespaces, layout_of
+from kvstore_client.integrations.vllm.metrics import connector_metrics
+from kvstore_client.integrations.vllm.scheduler import SchedulerSide
+from kvstore_client.integrations.vllm.work import Load, Save
+from kvstore_client.integrations.vllm.worker import WorkerSide
+from kvstore_client.metrics import log
+
+
+@dataclass
+class StepWork(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed where types are checked
+    loads: list[Load] = field(default_factory=list)
+    saves: list[Save] = field(default_factory=list)
+
+
+class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
+    """Raises InvalidArgument, when the engine starts, for what it cannot do right: the reason and the remedy."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        check_version(vllm.__version__)
+        transfer = vllm_config.kv_transfer_config
+        self._config = ConnectorConfig.from_extra(transfer.kv_connector_extra_config)
+        facts, page_tokens = facts_of(vllm_config, kv_cache_config)
+        layout = layout_of(
+            facts, chunk_tokens=self._config.chunk_tokens_for(page_tokens), revision=self._config.revision
+        )
+        self._client = Client(self._config.address, transport=self._config.transport)
+        self._namespaces, self._metrics = Namespaces(self._client, layout), connector_metrics()
+        self._page_tokens = page_tokens
+        self._worker: WorkerSide | None = None  # when there are pages
+        self._scheduler: SchedulerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            if transfer.kv_load_failure_policy != "recompute":
+                log.warning('set "kv_load_failure_policy": "recompute": now a load that fails fails its request')
+            self._scheduler = SchedulerSide(
+                self._config, self._namespaces, self._metrics, page_tokens=page_tokens,
+                loads=transfer.is_kv_consumer, saves=transfer.is_kv_producer,
+            )  # fmt: skip
+            log.info("kvstore at %s, namespace %s, chunks of %d tokens, %s", self._config.address,
+                     layout.namespace_id.hex()[:16], layout.chunk_tokens, self._config.quality)  # fmt: skip
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A save that is dropped is a miss later."""
+        return False
+
+    # The scheduler's side.
+
+    def on_new_request(self, request: Any) -> None:
+        self._for_scheduler.arrived(request)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        return self._for_scheduler.matched(request, num_computed_tokens)
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        if num_external_tokens:
+            self._for_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        return StepWork(*self._for_scheduler.step(scheduler_output))
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        if connector_output.finished_recving:
+            self._for_scheduler.loaded(
+                list(connector_output.finished_recving), connector_output.invalid_block_ids or set()
+            )
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Blocks may be freed at once: saves have copied them. vLLM itself keeps those of a load under way."""
+        self._for_scheduler.finished(request.request_id)
+        return False, None
+
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:  # fmt: skip
+        return self.request_finished(request, block_ids[0])
+
+    # The worker's side.
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        caches = pages_of(self._vllm_config, self._kv_cache_config, kv_caches)
+        self._worker = WorkerSide(self._config, self._namespaces, self._metrics, caches)
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        for load in self._work.loads:
+            self._for_worker.load(load)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        """Loads are asynchronous: no step waits for one."""
+
+    def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
+        """Saves begin when the step has computed all layers."""
+
+    def wait_for_save(self) -> None:
+        for save in self._work.saves:
+            self._for_worker.save(save)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return None, self._for_worker.finished_loads() or None
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._for_worker.failed_blocks()
+
+    def shutdown(self) -> None:
+        for side in (self._scheduler, self._worker):
+            if side is not None:
+                side.close()
+        self._client.close()
+
+    @property
+    def _for_scheduler(self) -> SchedulerSide:
+        assert self._scheduler is not None, "vLLM calls this on its scheduler's connector"
+        return self._scheduler
+
+    @property
+    def _for_worker(self) -> WorkerSide:
+        assert self._worker is not None, "vLLM registers its pages before the first step"
+        return self._worker
+
+    @property
+    def _work(self) -> StepWork:
+        work = self._get_connector_metadata()
+        if not isinstance(work, StepWork):
+            raise InvalidArgument("the step's metadata is another connector's", got=type(work).__name__)
+        return work

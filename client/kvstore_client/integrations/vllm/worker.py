@@ -1,0 +1,129 @@
+"""The worker's side: chunks from the node into blocks, and from blocks to the node, both behind the engine's back.
+
+A load decodes straight into its request's blocks, which nobody else uses until it is reported finished. A save copies
+blocks out at the end of the step that computed them; encoding and sending are a thread's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from functools import partial
+
+from kvstore_client.integrations.vllm.config import ConnectorConfig
+from kvstore_client.integrations.vllm.identity import Namespaces
+from kvstore_client.integrations.vllm.metrics import ConnectorMetrics
+from kvstore_client.integrations.vllm.staging import PagePlane, Staging
+from kvstore_client.integrations.vllm.work import Load, Save
+from kvstore_client.results import PutResult
+from kvstore_codec.arrays import PagedKV
+
+LOADS_MAX = 4  # at a time
+#: vLLM's null block: no request's KV lies there, and what does is never read. Loads leave there what is not theirs.
+NULL_BLOCK = 0
+
+
+class WorkerSide:
+    """`caches`: (k, v) of each layer's pages, `[blocks, page_tokens, kv_heads, dim]`, views of the engine's memory."""
+
+    def __init__(
+        self, config: ConnectorConfig, namespaces: Namespaces, metrics: ConnectorMetrics,
+        caches: Sequence[tuple[PagePlane, PagePlane]],
+    ) -> None:  # fmt: skip
+        self._config, self._namespaces, self._metrics = config, namespaces, metrics
+        self._caches = caches
+        self._page_tokens = caches[0][0].shape[1]
+        page_bytes = self._page_tokens * namespaces.layout.bytes_per_token
+        self._staging = Staging(caches, max(1, (config.stage_mib << 20) // page_bytes))
+        self._loading: dict[str, tuple[Load, Future[int]]] = {}
+        self._saving: set[Future[PutResult]] = set()
+        self._load_threads = ThreadPoolExecutor(LOADS_MAX, "kvstore-load")
+        self._save_thread = ThreadPoolExecutor(1, "kvstore-save")  # one: a chunk goes before what follows it
+        self._failed_blocks: set[int] = set()
+
+    def load(self, load: Load) -> None:
+        """Begins a load. Its request is among `finished_loads` when nothing writes to its blocks any more."""
+        self._loading[load.request_id] = (load, self._load_threads.submit(self._loaded_tokens, load))
+
+    def save(self, save: Save) -> None:
+        """Copies the blocks of a save, and begins to send them."""
+        pages = self._staging.take(save.block_ids)
+        if pages is None:
+            self._metrics.saves.labels("full").inc()
+            self._metrics.log.warn(
+                "save", "full", "no room for KV on its way: the node is too slow, or raise stage_mib"
+            )
+            return
+        sent = self._save_thread.submit(self._put, save, pages)
+        self._saving.add(sent)
+        sent.add_done_callback(partial(self._sent, save, pages))
+
+    @property
+    def loading(self) -> int:
+        """Loads that have not been reported finished."""
+        return len(self._loading)
+
+    @property
+    def saving(self) -> int:
+        """Saves under way."""
+        return len(self._saving)
+
+    def finished_loads(self) -> set[str]:
+        """Requests whose loads have ended since the last call; `failed_blocks` has what they did not bring."""
+        ended = {request_id for request_id, (_, loaded) in self._loading.items() if loaded.done()}
+        for request_id in ended:
+            load, loaded = self._loading.pop(request_id)
+            problem = loaded.exception()
+            tokens = 0 if problem else loaded.result()
+            if problem:
+                self._metrics.log.warn("load", type(problem).__name__, str(problem))
+            self._metrics.tokens.labels("load").inc(max(0, tokens - load.first_token))
+            whole = tokens == len(load.tokens)
+            self._metrics.loads.labels("whole" if whole else "part" if tokens > load.first_token else "failed").inc()
+            first = max(tokens, load.first_token) // self._page_tokens
+            self._failed_blocks.update(load.block_ids[first:])
+        return ended
+
+    def failed_blocks(self) -> set[int]:
+        """Blocks of the loads that have ended since the last call which hold nothing of use."""
+        failed, self._failed_blocks = self._failed_blocks, set()
+        return failed
+
+    def close(self) -> None:
+        """Saves that have begun end within their deadline; the others are dropped."""
+        self._load_threads.shutdown(wait=False, cancel_futures=True)
+        wait(list(self._saving), timeout=self._config.deadline_s)
+        self._save_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _loaded_tokens(self, load: Load) -> int:
+        """In a thread: how many of the load's tokens are good."""
+        before = load.first_token // self._page_tokens
+        room = PagedKV(
+            self._caches, [NULL_BLOCK] * before + list(load.block_ids[before:]), len(load.tokens)
+        )  # fmt: skip
+        _, tokens = self._namespaces.of(load.key).get(
+            load.tokens, min_quality=self._config.quality, out=room, deadline=self._config.deadline_s
+        )
+        return tokens
+
+    def _put(self, save: Save, pages: Sequence[int]) -> PutResult:
+        """In a thread."""
+        return self._namespaces.of(save.key).put(
+            save.tokens, PagedKV(self._staging.caches, pages, len(save.tokens) - save.first_token),
+            quality=self._config.quality, provenance=self._config.provenance, first_token=save.first_token,
+            deadline=self._config.deadline_s,
+        )  # fmt: skip
+
+    def _sent(self, save: Save, pages: Sequence[int], sent: Future[PutResult]) -> None:
+        """What went wrong cost these chunks, nothing else."""
+        self._staging.give_back(pages)
+        problem = CancelledError("the engine shut down") if sent.cancelled() else sent.exception()
+        if problem:
+            self._metrics.saves.labels("failed").inc()
+            self._metrics.log.warn("save", type(problem).__name__, str(problem))
+        elif sent.result().rejected:
+            self._metrics.saves.labels("rejected").inc()
+        else:
+            self._metrics.saves.labels("stored").inc()
+            self._metrics.tokens.labels("save").inc(len(save.tokens) - save.first_token)
+        self._saving.discard(sent)

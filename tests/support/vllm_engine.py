@@ -1,0 +1,128 @@
+"""A vLLM engine with kvstore's connector, as a process that tests and benchmarks talk to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from polling import wait_until
+from smollm2 import CACHE
+
+from kvstore.demo import model
+
+PROGRAM = Path(__file__).resolve().parents[1] / "integration" / "vllm" / "engine_process.py"
+START_S_MAX = 600.0
+ANSWER_S_MAX = 600.0  # computing a prompt takes seconds, on a busy machine minutes
+BLOCK_TOKENS = 128
+
+
+def kv_transfer(address: str, *, role: str = "kv_both", policy: str = "recompute", **extra: Any) -> dict[str, Any]:
+    """What `--kv-transfer-config` takes."""
+    return {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "kvstore_client.integrations.vllm",
+        "kv_role": role,
+        "kv_load_failure_policy": policy,
+        "kv_connector_extra_config": {"address": address, "chunk_tokens": BLOCK_TOKENS, **extra},
+    }
+
+
+class EngineProcess:
+    """SmolLM2 on the CPU. Runs until `stop()` or `kill()`. `transfer`: None for an engine of its own."""
+
+    def __init__(self, log: Path, transfer: dict[str, Any] | None, **arguments: Any) -> None:
+        self.log_path = log
+        settings = {
+            "model": str(model.model_folder(CACHE)), "max_model_len": 4096, "enforce_eager": True,
+            "block_size": BLOCK_TOKENS, "dtype": "bfloat16", "disable_log_stats": True, "seed": 0, **arguments,
+        }  # fmt: skip
+        if transfer is not None:
+            settings["kv_transfer_config"] = transfer
+        environment = {
+            **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, json.dumps(settings)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, text=True,
+            )  # fmt: skip
+        self._answer(START_S_MAX)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None
+    ) -> dict[str, list[Any]]:  # fmt: skip
+        """See engine_process.generate."""
+        self.send(prompts, max_tokens, salt)
+        return self.answer()
+
+    def send(self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None) -> None:
+        """Asks without waiting: `answer()` has it."""
+        self._ask({"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "salt": salt})
+
+    def answer(self) -> dict[str, list[Any]]:
+        answer: dict[str, list[Any]] = self._answer(ANSWER_S_MAX)
+        return answer
+
+    def counters(self) -> dict[str, float]:
+        self._ask({"counters": True})
+        answer: dict[str, float] = self._answer(ANSWER_S_MAX)
+        return answer
+
+    def hooks(self) -> dict[str, dict[str, float]]:
+        """See bench.vllm_hooks.HookTimes.table."""
+        self._ask({"hooks": True})
+        answer: dict[str, dict[str, float]] = self._answer(ANSWER_S_MAX)
+        return answer
+
+    def reset(self) -> None:
+        """Forgets the engine's own prefix cache."""
+        self._ask({"reset": True})
+        self._answer(ANSWER_S_MAX)
+
+    def wait_saved(self, tokens: int) -> None:
+        """Until it has saved so many tokens."""
+        wait_until(
+            lambda: self.counters().get("kvstore_vllm_tokens_total{save}", 0) >= tokens, f"{tokens} tokens saved",
+            deadline_s=60.0,
+        )  # fmt: skip
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def stop(self) -> int:
+        """Its exit code, when it has shut down by itself."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        code = self.process.wait(ANSWER_S_MAX)
+        self.kill()
+        return code
+
+    def kill(self) -> None:
+        """Does nothing to one that has stopped."""
+        self.process.kill()
+        self.process.wait(ANSWER_S_MAX)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what it was not told any more
+                    pipe.close()
+
+    def _ask(self, request: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+
+    def _answer(self, seconds: float) -> Any:
+        assert self.process.stdout is not None
+        readable, _, _ = select.select([self.process.stdout], [], [], seconds)
+        line = self.process.stdout.readline() if readable else ""
+        if not line:
+            self.kill()
+            raise AssertionError(f"the engine did not answer; the end of its log:\n{self.log()[-4000:]}")
+        return json.loads(line)
