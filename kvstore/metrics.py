@@ -134,7 +134,7 @@ class NodeMetrics:
         self.reads.labels(tier).inc(len(lengths))
         self.read_bytes.labels(tier).inc(sum(lengths))
         for quality in set(qualities):
-            self.reads_by_quality.labels(quality.label).inc(qualities.count(quality))
+            self.reads_by_quality.labels(tier, quality.label).inc(qualities.count(quality))
         observe = self.bytes.labels("read").observe
         for length in lengths:
             observe(length)
