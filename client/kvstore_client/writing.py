@@ -164,8 +164,8 @@ class AsyncWriter:
 
     async def _copy(self, k: Any, v: Any, layout: codec.KVLayout) -> KVArray:
         """(k, v) of what is not held, in memory of its own."""
-        loop, executor = asyncio.get_running_loop(), self._session.executor
-        ((k, v),) = await loop.run_in_executor(executor, copied, [(k, v)], layout)
+        # Not on the codec's threads: layers before it are being coded there, which the caller is not to wait for.
+        ((k, v),) = await asyncio.to_thread(copied, [(k, v)], layout)
         if self._put_whole is not None:
             self._kept.append((k, v))
         first = self._missing[0].first_token - self._source.first_token if self._missing else self._tokens
@@ -264,10 +264,14 @@ class AsyncWriter:
 
     async def _put(self, limit: Deadline) -> list[Stored]:
         source, loop = self._source, asyncio.get_running_loop()
-        joined = await asyncio.gather(*(
+        joining = asyncio.gather(*(
             loop.run_in_executor(self._session.executor, codec.join_layers, layers, source.layout, source.part)
             for layers in zip(*self._objects, strict=True)
         ))  # fmt: skip
+        try:
+            joined = await asyncio.wait_for(joining, limit.remaining())
+        except asyncio.TimeoutError:
+            raise DeadlineExceeded("the call's deadline passed while coding", seconds=limit.seconds) from None
         blobs = dict(zip((ref.hash for ref in self._missing), joined, strict=True))
         answered = {ref.hash: settled for ref in self._mine if (settled := self._settled(ref)) is not None}
         unsettled = [Chunk(ref, self._held.get(ref.hash, 0)) for ref in self._mine if ref.hash not in answered]
