@@ -171,7 +171,7 @@ class _Getting:
         problem, in_place = None, False
         last_s = time.monotonic()
         try:
-            for index, found in enumerate(self._connection.objects(wanted.chunks, self._deadline)):
+            for index, found in enumerate(self._connection.objects(wanted, self._deadline)):
                 asked_s = time.monotonic()
                 if not self._ahead.acquire(timeout=self._deadline.remaining()):
                     raise DeadlineExceeded("the call's deadline passed", seconds=self._deadline.seconds)

@@ -1,8 +1,8 @@
 """Fetch: objects come as one ordered stream and are decoded, each into its place, while the next one arrives.
 
-Nothing that a node sends is trusted: lengths are bounded by what its lookup declared (itself bounded by the layout),
-pieces must come in order, and every object's identity, position, quality and checksums are compared before its values
-count. The first object that does not pass ends the prefix.
+Nothing that a node sends is trusted: lengths are bounded by the layout, pieces must come in order, and every object's
+identity, position, quality and checksums are compared before its values count. The first object that does not pass ends
+the prefix.
 """
 
 from __future__ import annotations

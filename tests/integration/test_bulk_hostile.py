@@ -73,7 +73,7 @@ LIES: list[tuple[str, Script, type[KvClientError]]] = [
     ("an index out of place", sends(frame(Kind.OBJECT, 2, HELD.blobs[2])), ProtocolViolation),
     ("the same object again", sends(FIRST), ProtocolViolation),
     ("an object without bytes", sends(frame(Kind.OBJECT, 1)), ProtocolViolation),
-    ("more bytes than declared", sends(header(Kind.OBJECT, 1, 1 << 39), stays=True), ProtocolViolation),
+    ("more bytes than an object has", sends(header(Kind.OBJECT, 1, 1 << 39), stays=True), ProtocolViolation),
     ("a long control frame", sends(header(Kind.END, 0, CONTROL_BYTES_MAX + 1), stays=True), ProtocolViolation),
     ("an end that is no message", sends(frame(Kind.END, 0, b"\xff\xff\xff")), ProtocolViolation),
     ("places without shared memory", sends(frame(Kind.PLACES, 1, transfer_pb2.Places(
@@ -113,7 +113,6 @@ FOUND_LIES: list[tuple[str, Script, type[KvClientError]]] = [
     ("too many bytes", told(HELD.status(0, stored_bytes=1 << 60)), ProtocolViolation),
     ("objects of what it has not", told(), ProtocolViolation),
     ("objects of what is too bad", told(HELD.status(0, provenance=4)), ProtocolViolation),
-    ("a larger object than it said", told(HELD.status(0, stored_bytes=9)), ProtocolViolation),
     ("objects alone", sends(FIRST, before=b"", found=b"", stays=True), ProtocolViolation),
     ("an end alone", sends(WELL, before=b"", found=b"", stays=True), ProtocolViolation),
     ("a refusal", finds(transfer_pb2.Ended(status=3, details="no").SerializeToString(), Kind.END), RequestRefused),
@@ -122,8 +121,9 @@ FOUND_LIES: list[tuple[str, Script, type[KvClientError]]] = [
     ("silence inside the answer", sends(FOUND[:-1], before=b"", found=b"", stays=True), DeadlineExceeded),
 ]  # fmt: skip
 
-MEMORY = HELD.blobs[0] + bytes(100)
 SIZE = len(HELD.blobs[0])
+SIZE_MAX = codec.object_bytes_max(LAYOUT.chunk_tokens * LAYOUT.bytes_per_token)
+MEMORY = HELD.blobs[0] + bytes(SIZE_MAX)
 
 
 def places(*places: tuple[int, int], at: int = 1) -> bytes:
@@ -138,7 +138,7 @@ PLACE_LIES = {
     "across its end": places((len(MEMORY) - SIZE + 1, SIZE)),
     "beyond every memory": places((2**64 - 1, SIZE)),
     "without bytes": places((0, 0)),
-    "of more bytes than declared": places((0, SIZE + 1)),
+    "of more bytes than an object has": places((0, SIZE_MAX + 1)),
     "of more objects than there are": places((0, SIZE), (0, SIZE), (0, SIZE)),
     "of none": places(),
     "of an object that had one": places((0, SIZE), at=0),
@@ -193,6 +193,20 @@ async def test_a_lie_about_what_there_is_is_a_miss(script: Script, kind: type[Kv
     assert type(caught.value) is kind, caught.value
     assert server.calls.count("Fetch") == 0, "who lies is not asked again"
     assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": kind.code.value})
+
+
+def larger_than_found(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
+    """As when a better object takes the place of what was looked up, before it is read."""
+    smaller = kv_objects.answer_of([HELD.status(at, stored_bytes=9) for at in range(3)])
+    objects = b"".join(frame(Kind.OBJECT, at, blob) for at, blob in enumerate(HELD.blobs))
+    accepted.sendall(frame(Kind.FOUND, 0, smaller.SerializeToString()) + objects + WELL)
+
+
+async def test_an_object_that_has_become_larger_since_it_was_looked_up_is_read() -> None:
+    with BulkLiar(larger_than_found) as liar, HostileServer(connect=liar.connect) as server:
+        kv, tokens = await get(server.address, strict=True, registry=CollectorRegistry())
+    assert tokens == len(HELD.tokens)
+    assert bits(kv) == bits(HELD.kv)
 
 
 @pytest.mark.parametrize("planned", [False, True], ids=["one request", "lookup and fetch"])

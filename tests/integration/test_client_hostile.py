@@ -296,7 +296,8 @@ def fetches_out_of_place() -> Iterator[tuple[str, int, Callable[[], Iterator[Ans
     yield "a byte after its end", BAD + 1, lambda: of_bad((BAD, 0, size, blob), (BAD, size, 0, b"x"))
     yield "more than it said", BAD, lambda: of_bad((BAD, 0, 100, blob))
     yield "no length", BAD, lambda: of_bad((BAD, 0, 0, blob))
-    yield "more than the lookup said", BAD, lambda: of_bad((BAD, 0, size + 1, blob + b"x"))
+    too_large = codec.object_bytes_max(CHUNK * LAYOUT.bytes_per_token) + 1
+    yield "more than an object has", BAD, lambda: of_bad((BAD, 0, too_large, blob))
     yield "2**64 - 1 bytes", BAD, lambda: of_bad((BAD, 0, 2**64 - 1, blob))
     yield "an empty piece", BAD, lambda: of_bad((BAD, 0, size, b""))
     yield "an empty piece inside", BAD, lambda: of_bad((BAD, 0, size, blob[:100]), (BAD, 100, 0, b""))
@@ -313,6 +314,17 @@ async def test_a_fetch_out_of_place(
     what: str, intact: int, fetch: Callable[[], Iterator[Answer]], caplog: pytest.LogCaptureFixture
 ) -> None:
     await get_both_ways(as_fetch(fetch), ProtocolViolation, intact, caplog)
+
+
+async def test_an_object_that_has_become_larger_since_it_was_looked_up_is_read() -> None:
+    def smaller(request: pb.LookupRequest, context: Context) -> pb.LookupResponse:
+        return kv_objects.answer_of([HELD.status(index, stored_bytes=9) for index in range(CHUNKS)])
+
+    with HostileServer(lookup=smaller, fetch=HELD.fetch) as server:
+        async with calling(server.address, strict=True) as caller:
+            kv, tokens = await caller.namespace().get(HELD.tokens)
+    assert tokens == len(HELD.tokens)
+    assert bits(kv) == bits(HELD.kv)
 
 
 async def test_a_piece_over_the_limit(caplog: pytest.LogCaptureFixture) -> None:

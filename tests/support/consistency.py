@@ -34,7 +34,7 @@ ROLES = ("write", "write", "read", "read", "hold", "operate")
 FAULTS = (
     "wrong bytes", "wrong values", "too much", "lease lost", "lease broken", "lease worn", "pin broken", "damage",
 )  # fmt: skip
-LONGER_MAX, ENOUGH = 6, 20
+LONGER_MAX, ENOUGH = 8, 40
 FLAGS = ("--host-capacity", "2MiB", "--disk-capacity", "4MiB", "--log-level", "warning")
 
 

@@ -17,7 +17,6 @@ from google.protobuf.message import DecodeError
 
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, Unavailable, from_status
-from kvstore_client.results import ChunkHit
 from kvstore_client.transports.blob import Blob, Buffers
 from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import Quality
@@ -97,7 +96,7 @@ class BulkConnection:
         in_place = False
         with self._failures(deadline):
             self._socket.send(Kind.FETCH, 0, request.SerializeToString())
-        for found in self.objects(wanted.chunks, deadline):
+        for found in self.objects(wanted, deadline):
             if isinstance(found, memoryview):
                 in_place = True
                 count_received(len(found))
@@ -127,10 +126,10 @@ class BulkConnection:
             self._check_end(payload)
             raise BadFrame("a get ended before it was answered")
 
-    def objects(self, chunks: Sequence[ChunkHit], deadline: Deadline) -> Iterator[memoryview | int]:
-        """Of each object in the order of `chunks`, possibly fewer: where it lies in the node's memory, or how many
-        bytes are to be received by `receive_into` before the next is asked for. Some in memory: then `release` tells
-        if what was read there is good."""
+    def objects(self, wanted: Wanted, deadline: Deadline) -> Iterator[memoryview | int]:
+        """Of each object in the order of `wanted.chunks`, possibly fewer: where it lies in the node's memory, or how
+        many bytes are to be received by `receive_into` before the next is asked for. Some in memory: then `release`
+        tells if what was read there is good."""
         at = 0
         while True:
             places: list[memoryview] = []
@@ -139,12 +138,12 @@ class BulkConnection:
                 if found.kind is Kind.END:
                     self._check_end(self._payload(found, deadline))
                     return
-                if at == len(chunks) or found.index != at:
+                if at == len(wanted.chunks) or found.index != at:
                     raise BadFrame(f"object {found.index} came out of place")
                 if found.kind is Kind.PLACES:
-                    places = self._in_place(self._payload(found, deadline), chunks[at:])
-                elif not 0 < found.length <= chunks[at].stored_bytes:
-                    raise BadFrame(f"an object of {found.length} bytes was declared to have {chunks[at].stored_bytes}")
+                    places = self._in_place(self._payload(found, deadline), wanted, at)
+                elif not 0 < found.length <= wanted.bytes_max(at):
+                    raise BadFrame(f"no object of the layout has {found.length} bytes")
             if places:
                 at += len(places)
                 yield from places
@@ -192,14 +191,14 @@ class BulkConnection:
     def close(self) -> None:
         self._end()
 
-    def _in_place(self, payload: bytes, chunks: Sequence[ChunkHit]) -> list[memoryview]:
-        told = transfer_pb2.Places.FromString(payload)
-        if self.memory is None or not 0 < len(told.offset) == len(told.object_bytes) <= len(chunks):
-            raise BadFrame(f"{len(told.offset)} places came where {len(chunks)} objects were to come")
+    def _in_place(self, payload: bytes, wanted: Wanted, at: int) -> list[memoryview]:
+        told, left = transfer_pb2.Places.FromString(payload), len(wanted.chunks) - at
+        if self.memory is None or not 0 < len(told.offset) == len(told.object_bytes) <= left:
+            raise BadFrame(f"{len(told.offset)} places came where {left} objects were to come")
         memory, places = self.memory.view, []
-        for chunk, offset, size in zip(chunks, told.offset, told.object_bytes, strict=False):
-            if not 0 < size <= chunk.stored_bytes:
-                raise BadFrame(f"a place of {size} bytes was declared to have {chunk.stored_bytes}")
+        for index, (offset, size) in enumerate(zip(told.offset, told.object_bytes, strict=True), at):
+            if not 0 < size <= wanted.bytes_max(index):
+                raise BadFrame(f"no object of the layout has {size} bytes")
             if offset + size > len(memory):
                 raise BadFrame("a place lies outside the node's memory")
             places.append(memory[offset : offset + size])

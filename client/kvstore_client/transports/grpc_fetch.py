@@ -66,7 +66,7 @@ def _check_piece(
         and head.chunk_index == index
         and head.offset == received
         and 0 < size <= DATA_BYTES_MAX
-        and object_bytes <= wanted.chunks[index].stored_bytes
+        and object_bytes <= wanted.bytes_max(index)
         and received + size <= object_bytes
     )
     if not sane:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvstore_client.results import ChunkHit
-from kvstore_codec import KVLayout, Quality
+from kvstore_codec import KVLayout, Quality, object_bytes_max
 from kvstore_proto.v1 import store_pb2 as pb
 
 
@@ -23,6 +23,12 @@ class Wanted:
     min_quality: Quality
     first_chunk: bytes = b""
     held_bytes: Sequence[int] = ()
+
+    def bytes_max(self, index: int) -> int:
+        """Of the object of a chunk. Since it was looked up a larger one may have taken its place: what was declared is
+        no bound, what the layout allows is."""
+        token_bytes = self.layout.part_layout(self.part).bytes_per_token
+        return object_bytes_max(self.chunks[index].tokens * token_bytes)
 
     def request(self, lease_id: bytes) -> pb.FetchRequest:
         return pb.FetchRequest(
