@@ -116,7 +116,7 @@ def test_a_transform_decorrelates_the_weighted_channels(window: WindowKV) -> Non
     assert (np.diff(variance) <= 0).all()
     np.testing.assert_allclose(y.T @ y / len(y), np.diag(variance), atol=5e-3 * variance[0])
     basis = found["basis"]
-    assert (basis[np.arange(len(basis)), np.abs(basis).argmax(axis=1)] > 0).all()
+    assert (basis.max(axis=1) == np.abs(basis).max(axis=1)).all()  # equal ones of both signs may share the maximum
 
     plain = transform.measure_group(group, [window, window], a, with_basis=False)
     assert "basis" not in plain
