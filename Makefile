@@ -39,8 +39,10 @@ setup: $(VENV)/installed  ## make the virtual environment, with the package and 
 demo: setup  ## prefill, stream, store, decode, kill -9, go on: the main job on a real model (JSON=path writes the figures)
 	$(BIN)/kvstore demo --cache $(CACHE) $(if $(JSON),--out '$(JSON)')
 
+# Two at a time where nothing is timed; what runs against deadlines in real processes has the machine for itself.
 test: setup  ## every test
-	$(BIN)/pytest --durations=25 --durations-min=2
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile tests/unit tests/fuzz tests/contract tests/test_tidy.py
+	$(BIN)/pytest --durations=25 --durations-min=2 tests/integration tests/fault tests/packaging tests/test_docs.py
 
 check: setup  ## formatting, lint, types, import order, freshness of generated files
 	$(BIN)/ruff format --check $(SOURCE)
