@@ -11,12 +11,13 @@ TORCH  ?= torch==2.13.0
 JSON   ?=
 SECONDS ?= 60
 LOOPS   ?= 100
+CYCLES  ?= 1000
 MINUTES ?= 10
 PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
 SOURCE := kvstore codec client cluster protos bench examples tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds torture soak clean
+.PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds torture failopen soak clean
 .PHONY: vllm-setup vllm-test vllm-bench
 
 help:  ## list the targets
@@ -35,11 +36,11 @@ $(VENV)/installed: pyproject.toml $(wildcard codec/native/*)
 setup: $(VENV)/installed  ## make the virtual environment, with the package and everything for its development
 	@tests/packaging/install_redis.sh
 
-demo: setup  ## prefill, store, decode, kill -9, go on: the main job on a real model (JSON=path writes the figures)
+demo: setup  ## prefill, stream, store, decode, kill -9, go on: the main job on a real model (JSON=path writes the figures)
 	$(BIN)/kvstore demo --cache $(CACHE) $(if $(JSON),--out '$(JSON)')
 
 test: setup  ## every test
-	$(BIN)/pytest
+	$(BIN)/pytest --durations=25 --durations-min=2
 
 check: setup  ## formatting, lint, types, import order, freshness of generated files
 	$(BIN)/ruff format --check $(SOURCE)
@@ -88,6 +89,9 @@ fuzz-seeds: setup  ## rewrite what fuzzing starts from: after a change of a form
 
 torture: setup  ## kill -9 of a node under writers and readers, LOOPS=100 times: nothing corrupt, phantom, lost or left over
 	PYTHONPATH=tests/support $(BIN)/python -m torture --loops $(LOOPS)
+
+failopen: setup  ## every call of a client while its node is gone, stopped or worse, CYCLES=1000 times (JSON=path writes each)
+	PYTHONPATH=tests/support $(BIN)/python -m failopen --cycles $(CYCLES) $(if $(JSON),--json '$(JSON)')
 
 soak: setup  ## a node under load for MINUTES=10 while it and Redis are killed and paused; writes the picture of docs/reliability.md
 	PYTHONPATH=tests/support $(BIN)/python -m bench.soak --minutes $(MINUTES) --json .cache/soak.json --plot docs/pictures/soak.png

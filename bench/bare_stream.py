@@ -1,7 +1,7 @@
 """A gRPC server that only moves bytes: the least that any transfer over gRPC can cost.
 
-`Send` streams as many bytes as asked for in messages of 1 MiB, `Sink` counts those it is sent. No serialiser on
-either side, no tiers, no checksums. Prints one JSON line with its address when it is ready.
+`Send` streams as many bytes as asked for in messages of 1 MiB, `Sink` counts those it is sent, `Answer` is one message
+each way. No serialiser on either side, no tiers, no checksums. Prints one JSON line with its address when it is ready.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class BareClient:
         self._timeout_s = timeout_s
         self._sink = channel.stream_unary(f"/{SERVICE}/Sink")
         self._send = channel.unary_stream(f"/{SERVICE}/Send")
+        self._answer = channel.unary_unary(f"/{SERVICE}/Answer")
 
     def sink(self, pieces: Iterable[bytes]) -> int:
         """Bytes that the server counted."""
@@ -36,6 +37,12 @@ class BareClient:
     def send(self, total: int) -> Iterator[bytes]:
         pieces: Iterator[bytes] = self._send(total.to_bytes(_LENGTH, "little"), timeout=self._timeout_s)
         return pieces
+
+    def answer(self, request_bytes: int, answer_bytes: int) -> bytes:
+        """One call, of a request of that size, 8 bytes at least."""
+        request = answer_bytes.to_bytes(_LENGTH, "little") + bytes(request_bytes - _LENGTH)
+        answer: bytes = self._answer(request, timeout=self._timeout_s)
+        return answer
 
 
 async def _sink(pieces: AsyncIterator[bytes], context: Any) -> bytes:
@@ -53,11 +60,16 @@ async def _send(request: bytes, context: Any) -> AsyncIterator[bytes]:
         yield _PIECE[:rest]
 
 
+async def _answer(request: bytes, context: Any) -> bytes:
+    return bytes(int.from_bytes(request[:_LENGTH], "little"))
+
+
 async def _serve() -> None:
     server = grpc.aio.server(options=CHANNEL_OPTIONS)
     methods = {
         "Sink": grpc.stream_unary_rpc_method_handler(_sink),
         "Send": grpc.unary_stream_rpc_method_handler(_send),
+        "Answer": grpc.unary_unary_rpc_method_handler(_answer),
     }
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     port = server.add_insecure_port("127.0.0.1:0")

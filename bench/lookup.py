@@ -1,7 +1,8 @@
-"""Lookups of a 512-chunk prefix: inside the node, and through gRPC while another process puts.
+"""Lookups of a 512-chunk prefix: inside the node, and through gRPC, also while another process puts.
 
-The yardstick through gRPC is a call of the same node that does nothing (the lookup of one unknown chunk), in turns with
-the lookup: what is above it is the lookup's own. Chunks are small but real objects.
+The yardsticks through gRPC, in turns with the lookup: calls of a bare server of grpc.aio in a process of its own, one
+without content and one of as many bytes as the lookup's; and a call of the node that does nothing (the lookup of one
+unknown chunk), above which is the lookup's own. Chunks are small but real objects.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -23,12 +26,14 @@ import numpy as np
 from rich.table import Table
 
 import kvstore_codec as codec
+from bench.bare_stream import BareClient
 from bench.server_process import channel_to, server_process
 from kvstore.cli import render
 from kvstore.config import NodeConfig
 from kvstore.engine.model import Offer
 from kvstore.engine.node import Node
 from kvstore_client import Client
+from kvstore_client.transports.bulk_path import TRANSPORTS, Transport
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import FramedStoreStub
 
@@ -96,44 +101,68 @@ async def _stored(node: Node, seed: int) -> list[bytes]:
     return [ref.hash for ref in refs]
 
 
-def through_grpc(calls: int, *, putting: bool) -> list[Row]:
-    with tempfile.TemporaryDirectory() as folder:
+def through_grpc(calls: int, putting: Transport | None) -> list[Row]:
+    """`putting`: how the other process' puts travel; None: there is none."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
         command: list[str | Path] = [
             KVSTORE, "serve", "--listen", "127.0.0.1:0", "--host-capacity", "512MiB", "--log-level", "warning",
             "--disk-path", f"{folder}/disk", "--disk-capacity", "2GiB",
         ]  # fmt: skip
-        with server_process(command) as address, channel_to(address) as channel:
-            tokens, kv = prompt(0)
-            with Client(address, deadline=60.0, strict=True) as client:
-                client.namespace(LAYOUT).put(tokens, kv, quality="raw", retain=(100, 3600))
-            stub = FramedStoreStub(channel)
-            whole = b"".join(ref.hash for ref in codec.chunk_refs(LAYOUT, tokens))
-            spawn = multiprocessing.get_context("spawn")
-            stop, began_putting = spawn.Event(), spawn.Event()
-            putter = spawn.Process(target=_put_until, args=(address, began_putting, stop))
-            if putting:
-                putter.start()
-                began_putting.wait()
-            rows = {"nothing": [], "lookup": []}  # type: dict[str, list[float]]
-            for _ in range(calls):
-                for what, hashes in (("nothing", bytes(32)), ("lookup", whole)):
-                    request = pb.LookupRequest(namespace_id=LAYOUT.namespace_id, chunk_hashes=hashes, lease_ms=1000)
-                    began = time.perf_counter()
-                    answer = stub.Lookup(request, timeout=10.0)
-                    rows[what].append(time.perf_counter() - began)
-                    assert len(answer.tokens) == (CHUNKS if what == "lookup" else 0)
-            if putting:
-                stop.set()
-                putter.join()
-    busy = "while another process puts" if putting else "idle node"
-    return [_row(f"gRPC, {what}, {busy}", seconds) for what, seconds in rows.items()]
+        address = stack.enter_context(server_process(command))
+        bare_address = stack.enter_context(server_process([sys.executable, "-m", "bench.bare_stream"]))
+        tokens, kv = prompt(0)
+        client = stack.enter_context(Client(address, deadline=60.0, strict=True))
+        cache = client.namespace(LAYOUT)
+        cache.put(tokens, kv, quality="raw", retain=(100, 3600))
+        stub = FramedStoreStub(stack.enter_context(channel_to(address)))
+        bare = BareClient(stack.enter_context(channel_to(bare_address)), timeout_s=10.0)
+
+        def request(hashes: bytes) -> pb.LookupRequest:
+            return pb.LookupRequest(namespace_id=LAYOUT.namespace_id, chunk_hashes=hashes, lease_ms=1000)
+
+        whole = request(b"".join(ref.hash for ref in codec.chunk_refs(LAYOUT, tokens)))
+        sizes = whole.ByteSize(), stub.Lookup(whole).ByteSize()
+        kinds: dict[str, Callable[[], object]] = {
+            "bare gRPC, no content": lambda: bare.answer(8, 0),
+            "bare gRPC, a lookup's bytes": lambda: bare.answer(*sizes),
+            "node, nothing": lambda: stub.Lookup(request(bytes(32)), timeout=10.0),
+            "node, lookup": lambda: len(stub.Lookup(whole, timeout=10.0).tokens),
+            "SDK, lookup": lambda: len(cache.lookup(tokens, lease_ms=1000).chunks),
+        }
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+        if putting is not None:
+            stack.enter_context(_putter(address, putting))
+        for _ in range(calls):
+            for kind, call in kinds.items():
+                began = time.perf_counter()
+                found = call()
+                seconds[kind].append(time.perf_counter() - began)
+                assert not kind.endswith("lookup") or found == CHUNKS
+    busy = "idle" if putting is None else f"puts over {putting}"
+    return [_row(f"{kind}; {busy}", each) for kind, each in seconds.items()]
 
 
-def _put_until(address: str, began: Event, stop: Event) -> None:
+@contextmanager
+def _putter(address: str, transport: Transport) -> Iterator[None]:
+    """A process that puts, from its first put on until the end."""
+    spawn = multiprocessing.get_context("spawn")
+    stop, began_putting = spawn.Event(), spawn.Event()
+    putter = spawn.Process(target=_put_until, args=(address, transport, began_putting, stop))
+    putter.start()
+    began_putting.wait()
+    try:
+        yield
+    finally:
+        stop.set()
+        putter.join()
+
+
+def _put_until(address: str, transport: Transport, began: Event, stop: Event) -> None:
     """Puts prompts of eight chunks of 4 MiB one after the other."""
     rng = np.random.default_rng(os.getpid())
     kv = rng.standard_normal((16, 2, 8 * 256, 4, 64)).astype(np.float16)
-    with Client(address, deadline=60.0) as client:
+    with Client(address, deadline=60.0, transport=transport) as client:
         cache = client.namespace(PUT_LAYOUT)
         while not stop.is_set():
             cache.put(rng.integers(0, 50_000, 8 * 256).tolist(), kv, quality="raw")
@@ -149,11 +178,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--others", type=int, default=100_000, help="other objects in the node")
+    parser.add_argument("--puts", nargs="*", choices=TRANSPORTS, default=["grpc", "auto"], help="how puts travel")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     rows = [asyncio.run(inside(arguments.others, arguments.calls))]
-    rows += through_grpc(arguments.calls, putting=False)
-    rows += through_grpc(arguments.calls, putting=True)
+    for putting in (None, *arguments.puts):
+        rows += through_grpc(arguments.calls, putting)
     table = Table(title=f"lookup of {CHUNKS} chunks, load average {os.getloadavg()[0]:.1f}")
     for heading in ("what", "p50 ms", "p99 ms", "calls"):
         table.add_column(heading)

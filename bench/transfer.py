@@ -1,6 +1,8 @@
-"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket and memcpy of the same bytes.
+"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket, memcpy and, where there is one,
+a redis-server with the same bytes.
 
-Objects are real KV, stored "raw" so that no coding is in the way. Contestants take turns: each round puts and
+Objects are real KV, stored "raw" so that no coding is in the way; once also at "high", as the rate of the KV that is
+restored. Contestants take turns: each round puts and
 fetches everything once by every route, in rotating order; rates are medians over rounds, a ratio is the median of
 the ratios within each round. What is fetched is compared with what was put, every time, outside the timing.
 """
@@ -28,6 +30,7 @@ import kvstore_codec as codec
 from bench import routes
 from bench.bare_socket import BareSocket
 from bench.kv import KV_PATH, ROPE_THETA, real_kv
+from bench.redis_rival import redis_route, redis_server
 from bench.routes import Objects, Route
 from bench.server_process import channel_to, server_process
 from kvstore.cli import bench_codec, render
@@ -98,6 +101,7 @@ def main() -> None:
             stack.enter_context(Client(addresses[2], strict=True, transport=transport, registry=CollectorRegistry()))
             for transport in TRANSPORTS
         ]
+        redis = stack.enter_context(redis_server())
         for mib in OBJECT_MIB:
             objects = raw_objects(kv, mib << 20)
             report = measure(
@@ -108,6 +112,8 @@ def main() -> None:
                         routes.sdk_route(f"SDK, {transport}", client, objects)
                         for transport, client in zip(TRANSPORTS, clients, strict=True)
                     ),
+                    routes.sdk_route("SDK, tcp, high", clients[TRANSPORTS.index("tcp")], objects, "high"),
+                    *([] if redis is None else [redis_route(redis, objects)]),
                 ],
                 objects, rounds,
             )  # fmt: skip

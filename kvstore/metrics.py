@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import numpy as np
@@ -69,7 +69,7 @@ class NodeMetrics:
         self.puts = counter("puts", "Objects offered, by outcome.", "outcome")
         self.put_bytes = counter("stored_bytes", "Bytes of objects stored.")
         self.reads_by_quality = counter(
-            "reads_by_quality", "Objects read, by the quality they were read at.", "quality"
+            "reads_by_quality", "Objects read, by tier and by the quality they were read at.", "tier", "quality"
         )
         self.degradations = counter(
             "degradations", "Objects that lost their finest quality layer, by tier, quality left and reason.",
@@ -125,9 +125,19 @@ class NodeMetrics:
 
     def count_read(self, tier: str, quality: Quality, length: int) -> None:
         self.reads.labels(tier).inc()
-        self.reads_by_quality.labels(quality.label).inc()
+        self.reads_by_quality.labels(tier, quality.label).inc()
         self.read_bytes.labels(tier).inc(length)
         self.bytes.labels("read").observe(length)
+
+    def count_reads(self, tier: str, qualities: Sequence[Quality], lengths: Sequence[int]) -> None:
+        """`count_read` of many."""
+        self.reads.labels(tier).inc(len(lengths))
+        self.read_bytes.labels(tier).inc(sum(lengths))
+        for quality in set(qualities):
+            self.reads_by_quality.labels(tier, quality.label).inc(qualities.count(quality))
+        observe = self.bytes.labels("read").observe
+        for length in lengths:
+            observe(length)
 
     def watch(
         self, registry: CollectorRegistry, tiers: list[Tier], gauges: Mapping[str, tuple[str, Callable[[], float]]]

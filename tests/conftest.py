@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no test may wait for a network
+# Read when torch is imported. Its threads meet after each operation, and by default wait there on the core: on a busy
+# machine that takes it from the one that they wait for, and a forward of a second takes minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """kvstore's client: fetch the KV of a prompt's prefix instead of recomputing it."""
 
 from kvstore_client.aio import AsyncClient
-from kvstore_client.client import Client, Namespace, Stream, Writer
+from kvstore_client.client import Client, Namespace, Refinement, Stream, Writer
 from kvstore_client.errors import (
     AccessDenied,
     BadObject,
@@ -24,7 +24,18 @@ from kvstore_client.errors import (
 from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.planner.costs import PrefillCost
 from kvstore_client.planner.plan import Plan, PlannedChunk
-from kvstore_client.results import ChunkHit, DeleteResult, Hit, Lease, NodeStat, PrefetchResult, PutResult, TierStat
+from kvstore_client.refining import AsyncRefinement
+from kvstore_client.results import (
+    ChunkHit,
+    DeleteResult,
+    Hit,
+    Lease,
+    NodeStat,
+    PrefetchResult,
+    PutResult,
+    Restored,
+    TierStat,
+)  # fmt: skip
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import (
@@ -46,6 +57,7 @@ __all__ = [
     "AccessDenied",
     "AsyncClient",
     "AsyncNamespace",
+    "AsyncRefinement",
     "AsyncStream",
     "AsyncWriter",
     "BadObject",
@@ -82,7 +94,9 @@ __all__ = [
     "ProtocolViolation",
     "PutResult",
     "Quality",
+    "Refinement",
     "RequestRefused",
+    "Restored",
     "RoPE",
     "RopeScaling",
     "ServerFailed",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from kvstore_client.background import QUEUE_BYTES_MAX
 from kvstore_client.connection import Node, failures, understood
 from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.results import NodeStat, TierStat
@@ -28,19 +29,20 @@ class AsyncClient:
 
     `target`: "host:port", "unix:///path", or several of them (a list, or with commas). `deadline`: seconds that a
     call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
-    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "grpc"; or, where the
-    node has it, "tcp", "unix" or "shm" (this machine's shared memory); or "auto", the best of them all. Connects when
-    first used; raises InvalidArgument.
+    of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "auto", the best way that
+    is found; or "grpc"; or, where the node has it, "tcp", "unix" or "shm" (this machine's shared memory).
+    `background_bytes`: of KV that may wait to be put in the background, beyond which such puts are dropped. Connects
+    when first used; raises InvalidArgument.
     """
 
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
-        transport: Transport = "grpc",
+        transport: Transport = "auto", background_bytes: int = QUEUE_BYTES_MAX,
     ) -> None:  # fmt: skip
         self._session = Session(
             parse_target(target), deadline_s=deadline, strict=strict, threads=threads, tenant_key=tenant_key,
-            registry=registry, transport=checked_transport(transport),
+            registry=registry, transport=checked_transport(transport), background_bytes=background_bytes,
         )  # fmt: skip
 
     def namespace(
@@ -94,7 +96,8 @@ class AsyncClient:
         )  # fmt: skip
 
     async def aclose(self) -> None:
-        """Idempotent; calls under way end as if their node had gone away."""
+        """Idempotent; calls under way end as if their node had gone away. What is put in the background has the
+        client's deadline to be done, and is dropped then."""
         await self._session.aclose()
 
     async def __aenter__(self) -> Self:

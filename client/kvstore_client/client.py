@@ -11,19 +11,23 @@ import asyncio
 import os
 import threading
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, contextmanager
 from functools import cache
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from kvstore_client.aio import DEADLINE_S, AsyncClient
+from kvstore_client.background import QUEUE_BYTES_MAX
 from kvstore_client.errors import InvalidArgument
-from kvstore_client.namespace import LEASE_MS, AsyncNamespace, TokenIds
+from kvstore_client.namespace import LEASE_MS, AsyncNamespace
+from kvstore_client.namespace_puts import TokenIds
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
-from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult
+from kvstore_client.refining import AsyncRefinement
+from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult, Restored
 from kvstore_client.streaming import AsyncStream
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_client.writing import AsyncWriter
@@ -42,11 +46,11 @@ class Client:
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
-        transport: Transport = "grpc",
+        transport: Transport = "auto", background_bytes: int = QUEUE_BYTES_MAX,
     ) -> None:  # fmt: skip
         self._async = AsyncClient(
             target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry,
-            transport=transport,
+            transport=transport, background_bytes=background_bytes,
         )  # fmt: skip
 
     def namespace(
@@ -110,15 +114,17 @@ class Namespace:
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        deadline: float | None = None,
+    ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
-        return _run(
+        restored = _run(
             self._async.get(
                 token_ids, quality=quality, min_quality=min_quality, out=out, ttft=ttft,
-                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+                prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
             )
         )  # fmt: skip
+        return Restored(restored.kv, restored.n, Refinement(restored.refinement) if refine else None)
 
     def plan(
         self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
@@ -138,18 +144,35 @@ class Namespace:
         """Tells the node that a prompt will be read; does not wait for what it does then."""
         return _run(self._async.prefetch(token_ids, quality=quality, deadline=deadline))
 
+    @overload
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = ..., durable: bool = ...,
+        provenance: str | Quality = ..., first_token: int = ..., retain: tuple[int, int] | None = ...,
+        deadline: float | None = ..., background: Literal[False] = ..., copy: bool = ...,
+    ) -> PutResult: ...  # fmt: skip
+
+    @overload
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = ..., durable: bool = ...,
+        provenance: str | Quality = ..., first_token: int = ..., retain: tuple[int, int] | None = ...,
+        deadline: float | None = ..., background: Literal[True], copy: bool = ...,
+    ) -> Future[PutResult]: ...  # fmt: skip
+
     def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
         provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
-        deadline: float | None = None,
-    ) -> PutResult:  # fmt: skip
-        """Stores the chunks that are missing, or held at a worse quality."""
-        return _run(
-            self._async.put(
-                token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
-                retain=retain, deadline=deadline,
-            )
+        deadline: float | None = None, background: bool = False, copy: bool = False,
+    ) -> PutResult | Future[PutResult]:  # fmt: skip
+        """Stores the chunks that are missing, or held at a worse quality; in the background, a future of the result."""
+        puts = self._async.puts
+        asked = puts.asked(
+            token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+            retain=retain, deadline=deadline, background=background,
         )  # fmt: skip
+        if not background:
+            return _run(puts.put(asked))
+        loop = _loop()
+        return puts.start(asked, copy=copy, start=lambda put: asyncio.run_coroutine_threadsafe(put, loop))
 
     def writer(
         self, token_ids: TokenIds, *, quality: str | Quality = "high", durable: bool = False,
@@ -185,6 +208,37 @@ class Namespace:
     def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
         """The profile with this id; None on a miss."""
         return _run(self._async.load_profile(profile_id, deadline=deadline))
+
+
+class Refinement:
+    """Made by `Namespace.get` with `refine=True`; see AsyncRefinement."""
+
+    def __init__(self, refinement: AsyncRefinement) -> None:
+        self._async = refinement
+
+    @property
+    def tokens(self) -> int:
+        return self._async.tokens
+
+    @property
+    def done(self) -> bool:
+        return self._async.done
+
+    @property
+    def reason(self) -> str:
+        return self._async.reason
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Until nothing more will come, or for so many seconds. Whether all is here."""
+        return _run(self._async.wait(timeout))
+
+    def apply(self, out: KVArray | None = None, *, deadline: float | None = None) -> tuple[KVArray, int]:
+        """(kv, n) with the best values that have come by now, in the get's own array or in another."""
+        return _run(self._async.apply(out, deadline=deadline))
+
+    def close(self) -> None:
+        """Ends what is on its way."""
+        _run(self._async.aclose())
 
 
 class Writer:

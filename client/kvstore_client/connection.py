@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -28,7 +29,11 @@ from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
 from kvstore_proto.v1.live_framing import FramedLiveStub
 
 R = TypeVar("R")
-TRANSFERS_MAX = 16  # under way at a time over bulk paths, each on its thread
+TRANSFERS_MAX = 16  # under way at a time over bulk paths, each on its thread, and as many gets
+#: For so long calls to a node may end unanswered at their deadlines before its connection is taken for dead. A peer
+#: that was replaced without a word, or whose bytes came wrong, leaves one on which gRPC waits for a minute.
+SILENT_S = 0.5
+_CLOSING_S = 30.0  # for calls that are still under way on such a connection
 #: What another node may do better: the caller's mistakes and the lies of a node are not among it.
 _TRY_ELSEWHERE = (Unavailable, DeadlineExceeded, ServerFailed)
 _OPTIONS = [
@@ -63,9 +68,13 @@ class Connections:
     ) -> None:  # fmt: skip
         self._seeds = tuple(seeds)
         self._transport, self._on_failure = transport, on_failure
-        self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")  # starts no thread before it has work
+        # They start no thread before they have work.
+        self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")
+        self._gets = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-get")
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._nodes: dict[str, Node] = {}
+        self._unanswered_since_s: dict[str, float] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._closed = False
 
     @property
@@ -79,7 +88,9 @@ class Connections:
             raise _closed_meanwhile(seed)
         if seed not in self._nodes:
             channel = self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
-            bulk = BulkPath(seed, channel, self._transport, self._executor, partial(self._on_failure, seed))
+            bulk = BulkPath(
+                seed, channel, self._transport, self._executor, self._gets, partial(self._on_failure, seed)
+            )  # fmt: skip
             self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk, FramedLiveStub(channel))
         return self._nodes[seed]
 
@@ -87,13 +98,43 @@ class Connections:
         """The seeds, best for `key` first."""
         return (self.node(seed) for seed in rank(self._seeds, key))
 
+    def answered(self, node: Node) -> None:
+        """A call to `node` came to an end other than its deadline."""
+        self._unanswered_since_s.pop(node.address, None)
+
+    def unanswered(self, node: Node, began_s: float) -> None:
+        """A call to `node` that began at `began_s` (monotonic) ended at its deadline. After SILENT_S of these, the next
+        call gets a connection of its own; where none is there yet, gRPC looks after that itself."""
+        since_s = self._unanswered_since_s.setdefault(node.address, began_s)
+        if self._nodes.get(node.address) is not node or time.monotonic() - since_s < SILENT_S:
+            return
+        self.answered(node)
+        channel = self._channels[node.address]
+        if channel.get_state() is grpc.ChannelConnectivity.READY:
+            del self._nodes[node.address], self._channels[node.address]
+            closing = asyncio.get_running_loop().create_task(_closed(node, channel))
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+
     async def aclose(self) -> None:
         self._closed = True
+        for closing in self._closing:
+            closing.cancel()
         channels, nodes = list(self._channels.values()), list(self._nodes.values())
         self._channels, self._nodes = {}, {}
         await asyncio.gather(*(node.bulk.aclose() for node in nodes))
         await asyncio.gather(*(channel.close(None) for channel in channels))
         self._executor.shutdown(wait=False)
+        self._gets.shutdown(wait=False)
+
+
+async def _closed(node: Node, channel: grpc.aio.Channel) -> None:
+    await node.bulk.aclose()
+    try:
+        await channel.close(_CLOSING_S)
+    except asyncio.CancelledError:  # the client is closed, and waits for nobody
+        await channel.close(None)
+        raise
 
 
 def worth_another_node(error: KvClientError) -> bool:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
+from typing import Any
 
 import kvstore_codec as codec
 from kvstore_client.coder import DeadlineCoder
@@ -34,7 +35,9 @@ from kvstore_proto.v1.framing import HASHES_MAX
 
 DECODES_MAX = 4  # objects received and not yet decoded
 #: The profile with an id, or the KvClientError that says why it cannot be had.
-ProfileSource = Callable[[bytes], Awaitable[Profile]]
+ProfileSource = Callable[[bytes], Coroutine[Any, Any, Profile]]
+#: Takes a copy of an object that was good, with the profile that it was decoded with; in the decoding thread.
+Keep = Callable[[ChunkHit, memoryview, "Profile | None"], None]
 
 
 @dataclass
@@ -48,12 +51,13 @@ class Fetched:
 async def fetch(
     node: Node, wanted: Wanted, lease_ids: Sequence[bytes], into: KVArray, executor: Executor, deadline: Deadline,
     count_received: Callable[[int], None], profile_of: ProfileSource | None = None, timing: Timing | None = None,
+    keep: Keep | None = None,
 ) -> Fetched:  # fmt: skip
     """Fetches and decodes `wanted.chunks` into `into`, which starts with the first of them. Never raises for what a
     node does or fails to do. When it returns, or is cancelled, nothing writes to `into` any more.
 
     `profile_of`: asked for the profile of an object that names one; without it no such object can be read. `timing`:
-    sees when what comes; where it ends the fetch, that is no error."""
+    sees when what comes; where it ends the fetch, that is no error. `keep`: sees what was decoded."""
     fetched = Fetched()
     decodes: list[Future[None]] = []
     running: list[Future[None]] = []
@@ -70,10 +74,10 @@ async def fetch(
                     chunk = wanted.chunks[len(decodes)]
                     first = chunk.first_token - wanted.chunks[0].first_token
                     place = codec.token_slice(into, first, first + chunk.tokens)
-                    named = _profile_named(wanted, chunk, blob.data)
+                    named = profile_named(wanted, chunk, blob.data)
                     profile = await profile_of(named) if named is not None and profile_of is not None else None
                     decodes.append(
-                        executor.submit(decode_object, node, wanted, chunk, blob, place, coder, profile, timing)
+                        executor.submit(decode_object, node, wanted, chunk, blob, place, coder, profile, timing, keep)
                     )
                     running.append(decodes[-1])
                     await wait_for_turn(running, deadline)
@@ -128,7 +132,7 @@ async def _objects(
 
 def decode_object(
     node: Node, wanted: Wanted, chunk: ChunkHit, received: Blob, place: KVArray, coder: DeadlineCoder,
-    profile: Profile | None, timing: Timing | None = None,
+    profile: Profile | None, timing: Timing | None = None, keep: Keep | None = None,
 ) -> None:  # fmt: skip
     """Raises BadObject, DeadlineExceeded."""
     blob = received.data
@@ -147,13 +151,15 @@ def decode_object(
         )  # fmt: skip
         if timing is not None:
             timing.decoded(header, len(blob), time.perf_counter() - began)
+        if keep is not None:
+            keep(chunk, blob, profile)
     except codec.ObjectError as error:
         raise from_codec(error, node.address) from error
     finally:
         received.done()
 
 
-def _profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes | None:
+def profile_named(wanted: Wanted, chunk: ChunkHit, blob: memoryview) -> bytes | None:
     """Id of the profile that an object is coded with. What else is wrong with its header, decoding says."""
     try:
         header = codec.parse_header(blob)
@@ -178,7 +184,7 @@ async def wait_for_turn(running: list[Future[None]], deadline: Deadline) -> None
         await settle(running, deadline.remaining(), return_when=asyncio.FIRST_COMPLETED)
 
 
-async def settle(decodes: Sequence[Future[None]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
+async def settle(decodes: Sequence[Future[Any]], timeout_s: float, return_when: str = asyncio.ALL_COMPLETED) -> None:
     """Until the decodes that run now are done (or the first of them), or the time is up."""
     running = [asyncio.wrap_future(decode) for decode in decodes if not decode.done()]
     if not running:
@@ -188,12 +194,12 @@ async def settle(decodes: Sequence[Future[None]], timeout_s: float, return_when:
     await asyncio.wait(running, timeout=timeout_s, return_when=return_when)
 
 
-def _seen(future: asyncio.Future[None]) -> None:
+def _seen(future: asyncio.Future[Any]) -> None:
     if not future.cancelled():
         future.exception()
 
 
-async def call_off(decodes: Sequence[Future[None]]) -> None:
+async def call_off(decodes: Sequence[Future[Any]]) -> None:
     """Cancels the decodes that have not started and waits for the others, which stop soon."""
     for decode in decodes:
         decode.cancel()

@@ -49,5 +49,5 @@ def copied(kv: KVArray, layout: KVLayout) -> KVArray:
     planes = arrays.planes(kv, layout)
     copy = codec.empty(layout, planes[0].shape[0])
     for source, target in zip(planes, arrays.planes(copy, layout), strict=True):
-        arrays.write(target, arrays.read(source))
+        arrays.write(target, arrays.read(source) if isinstance(source, arrays.PagedPlane) else source)
     return copy

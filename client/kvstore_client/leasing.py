@@ -14,6 +14,7 @@ from kvstore_client.session import Session
 from kvstore_proto.v1 import store_pb2 as pb
 
 HEARTBEATS = 3  # in the time that a lease runs, so that one may get lost
+RELEASE_S_MAX = 1.0  # of letting go of a lease, which runs out by itself, where nothing else bounds it
 
 
 async def renew(session: Session, lease: Lease, lease_ms: int, deadline: Deadline) -> bool:
@@ -32,9 +33,9 @@ async def _renew(node: Node, lease_id: bytes, lease_ms: int, deadline: Deadline)
 
 
 @asynccontextmanager
-async def kept_alive(session: Session, lease: Lease | None) -> AsyncIterator[None]:
-    """Renews a lease while inside and lets go of it at the end. A heartbeat that fails is counted and tried again: what
-    is read without a lease is read all the same, or is a miss."""
+async def kept_alive(session: Session, lease: Lease | None, deadline_s: float) -> AsyncIterator[None]:
+    """Renews a lease while inside and lets go of it at the end, which takes `deadline_s` at most. A heartbeat that
+    fails is counted and tried again: what is read without a lease is read all the same, or is a miss."""
     if lease is None:
         yield
         return
@@ -45,20 +46,20 @@ async def kept_alive(session: Session, lease: Lease | None) -> AsyncIterator[Non
         beating.cancel()
         await asyncio.wait([beating])
         with suppress(KvClientError):  # it runs out by itself
-            await _counted(session, lease, 0)
+            await _counted(session, lease, 0, deadline_s)
 
 
 async def _beat(session: Session, lease: Lease) -> None:
-    held = True
+    held, beat_s = True, lease.duration_ms / 1000 / HEARTBEATS
     while held:
-        await asyncio.sleep(lease.duration_ms / 1000 / HEARTBEATS)
+        await asyncio.sleep(beat_s)
         with suppress(KvClientError):
-            held = await _counted(session, lease, lease.duration_ms)
+            held = await _counted(session, lease, lease.duration_ms, beat_s)
 
 
-async def _counted(session: Session, lease: Lease, lease_ms: int) -> bool:
+async def _counted(session: Session, lease: Lease, lease_ms: int, deadline_s: float) -> bool:
     try:
-        return await renew(session, lease, lease_ms, Deadline(lease.duration_ms / 1000 / HEARTBEATS))
+        return await renew(session, lease, lease_ms, Deadline(deadline_s))
     except KvClientError as error:
         session.metrics.failures.labels("renew", error.code.value).inc()
         session.warn("renew", error.code, str(error))

@@ -13,7 +13,8 @@ from kvstore_codec import ChunkRef, KVLayout, Quality, object_bytes_max
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import HASHES_MAX
 
-_QUALITIES = frozenset(Quality)
+_QUALITIES: dict[int, Quality] = {int(quality): quality for quality in Quality}
+_TIERS = {number: name.removeprefix("TIER_").lower() for name, number in pb.Tier.items()}
 
 
 async def lookup(
@@ -26,27 +27,58 @@ async def lookup(
     granted_ms = lease_ms
     for first in range(0, len(refs), HASHES_MAX):
         asked = refs[first : first + HASHES_MAX]
-        request = pb.LookupRequest(
-            namespace_id=layout.namespace_id, chunk_hashes=b"".join(ref.hash for ref in asked), part=part,
-            lease_ms=lease_ms, first_chunk_hash=refs[0].hash if first else b"",
-        )  # fmt: skip
+        request = lookup_request(layout, part, asked, lease_ms, refs[0].hash if first else b"")
         async with failures(node):
             answer = understood(node, await node.stub.Lookup(request, timeout=remaining_s(limit)))
-        columns = (answer.tokens, answer.quality, answer.provenance, answer.stored_bytes, answer.tier)
-        count = len(answer.tokens)
-        if count > len(asked) or any(len(column) != count for column in columns):
-            raise ProtocolViolation("a lookup answered more chunks than were asked for", node=node.address)
-        found += [
-            _hit(node, layout, part, ref, *status)
-            for ref, status in zip(asked, zip(*columns, strict=True), strict=False)
-        ]
+        hits = hits_of(node.address, layout, part, asked, answer)
+        found += hits
         if answer.lease_id:
             lease_ids.append(answer.lease_id)
             granted_ms = min(granted_ms, answer.lease_ms)
-        if count < len(asked):
+        if len(hits) < len(asked):
             break
     tokens = found[-1].first_token + found[-1].tokens if found else 0
     return Hit(tokens, tuple(found), Lease(tuple(lease_ids), granted_ms, node.address) if lease_ids else None)
+
+
+def lookup_request(
+    layout: KVLayout, part: int, refs: Sequence[ChunkRef], lease_ms: int, first_chunk: bytes = b""
+) -> pb.LookupRequest:
+    """Of at most HASHES_MAX chunks. `first_chunk`: hash of the prompt's first one, where it is not among them."""
+    return pb.LookupRequest(
+        namespace_id=layout.namespace_id, chunk_hashes=b"".join(ref.hash for ref in refs), part=part,
+        lease_ms=lease_ms, first_chunk_hash=first_chunk,
+    )  # fmt: skip
+
+
+def hits_of(
+    node: str, layout: KVLayout, part: int, asked: Sequence[ChunkRef], answer: pb.LookupResponse
+) -> list[ChunkHit]:
+    """What a node's answer says of the chunks asked for. Raises ProtocolViolation. There may be thousands: each costs
+    little but itself."""
+    columns = (answer.tokens, answer.quality, answer.provenance, answer.stored_bytes, answer.tier)
+    count = len(answer.tokens)
+    if count > len(asked) or any(len(column) != count for column in columns):
+        raise ProtocolViolation("a lookup answered more chunks than were asked for", node=node)
+    token_bytes = layout.part_layout(part).bytes_per_token
+    hits: list[ChunkHit] = []
+    for ref, tokens, quality, provenance, stored_bytes, tier in zip(asked, *columns, strict=False):
+        sane = (
+            tokens == ref.tokens
+            and quality in _QUALITIES
+            and provenance in _QUALITIES
+            and 0 < stored_bytes <= object_bytes_max(tokens * token_bytes)
+        )
+        if not sane:
+            raise ProtocolViolation(
+                "a lookup answered an impossible chunk", node=node, tokens=tokens, expected=ref.tokens,
+                quality=quality, provenance=provenance, stored_bytes=stored_bytes,
+            )  # fmt: skip
+        hits.append(ChunkHit(
+            ref.hash, ref.first_token, tokens, _QUALITIES[quality], _QUALITIES[provenance], stored_bytes,
+            _TIERS.get(tier, "unknown"),
+        ))  # fmt: skip
+    return hits
 
 
 async def prefetch(
@@ -73,23 +105,3 @@ def good_enough(chunks: Sequence[ChunkHit], floor: Quality) -> Sequence[ChunkHit
     """The chunks before the first that is of less quality than `floor`."""
     bad = next((index for index, chunk in enumerate(chunks) if chunk.effective_quality > floor), len(chunks))
     return chunks[:bad]
-
-
-def _hit(
-    node: Node, layout: KVLayout, part: int, ref: ChunkRef, tokens: int, quality: int, provenance: int,
-    stored_bytes: int, tier: int,
-) -> ChunkHit:  # fmt: skip
-    raw_bytes = ref.tokens * layout.part_layout(part).bytes_per_token
-    sane = (
-        tokens == ref.tokens and {quality, provenance} <= _QUALITIES and 0 < stored_bytes <= object_bytes_max(raw_bytes)
-    )
-    if not sane:
-        raise ProtocolViolation(
-            "a lookup answered an impossible chunk", node=node.address, tokens=tokens, expected=ref.tokens,
-            quality=quality, provenance=provenance, stored_bytes=stored_bytes,
-        )  # fmt: skip
-    name = pb.Tier.Name(tier) if tier in pb.Tier.values() else "unknown"
-    return ChunkHit(
-        ref.hash, ref.first_token, ref.tokens, Quality(quality), Quality(provenance), stored_bytes,
-        name.removeprefix("TIER_").lower(),
-    )  # fmt: skip

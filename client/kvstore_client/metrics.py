@@ -10,7 +10,7 @@ import logging
 import threading
 from functools import cache
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 ABSENT = "absent"
 QUALITY = "quality"
@@ -49,6 +49,16 @@ class ClientMetrics:
         self.profiles = Counter(
             "kvstore_client_profiles", "Profiles loaded from a node, stored on one, or learned.",
             ("event",), registry=registry,
+        )  # fmt: skip
+        self.background_puts = Gauge(
+            "kvstore_client_background_puts", "Background puts that wait or run.", registry=registry
+        )
+        self.background_bytes = Gauge(
+            "kvstore_client_background_bytes", "KV of background puts that wait or run.", registry=registry
+        )
+        self.background_dropped = Counter(
+            "kvstore_client_background_dropped", "Background puts that were dropped, by reason.",
+            ("reason",), registry=registry,
         )  # fmt: skip
         self.bytes_received, self.bytes_sent = moved.labels("in"), moved.labels("out")
         self.seconds = Histogram(

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-
-import numpy.typing as npt
+from typing import Any, Literal, overload
 
 import kvstore_codec as codec
-from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, check_lease_ms, qualities, retention
+from kvstore_client.arguments import check_first_token, check_lease_ms, qualities, retention
 from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.deleting import LostChunks, deleted
-from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
-from kvstore_client.fetching import Fetched, fetch
+from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.following import StreamAsked
-from kvstore_client.kv_views import of_chunk, sliceable
+from kvstore_client.getting import Gets, timed_lookup
+from kvstore_client.kv_views import sliceable
 from kvstore_client.leasing import kept_alive, renew
-from kvstore_client.lookups import good_enough, lookup, prefetch
-from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
+from kvstore_client.lookups import good_enough, prefetch
+from kvstore_client.metrics import ABSENT
 from kvstore_client.namespace_profiles import NamespaceProfiles
-from kvstore_client.pace import Timing
-from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
+from kvstore_client.namespace_puts import NamespacePuts, TokenIds
+from kvstore_client.planned import NamespacePlanner, checked_goal
 from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.plan import Plan
-from kvstore_client.putting import Chunk, Source, Stored, batches, put, result_of
-from kvstore_client.results import DeleteResult, Hit, PrefetchResult, PutResult
+from kvstore_client.putting import Source
+from kvstore_client.refining import AsyncRefinement
+from kvstore_client.results import DeleteResult, Hit, PrefetchResult, PutResult, Restored
 from kvstore_client.session import Session
 from kvstore_client.streaming import AsyncStream
-from kvstore_client.transports.wanted import Wanted
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import ChunkRef, Extras, KVArray, KVLayout, Profile, Quality
-from kvstore_proto.v1.framing import HASHES_MAX
 
-TokenIds = Sequence[int] | npt.ArrayLike
 LEASE_MS = 10_000
-#: Beyond a get's own deadline, so that a slow clock does not evict what is being read.
-LEASE_MARGIN_MS = 1_000
 
 
 class AsyncNamespace:
@@ -57,7 +52,9 @@ class AsyncNamespace:
         self._profiles = NamespaceProfiles(session, layout, profile, learn_statistics)
         # Hashes of chunks that a get found coded with a profile that is gone: a put replaces them.
         self._lost = LostChunks(layout, part)
+        self.puts = NamespacePuts(session, layout, part, self._refs, self._placement_key, self._profiles, self._lost)
         self._planner = NamespacePlanner(session, self._part_layout)
+        self._gets = Gets(session, layout, part, self._planner, self._profiles, self._lost)
 
     async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
@@ -69,7 +66,8 @@ class AsyncNamespace:
         refs = self._refs(token_ids)
         with self._session.timed("lookup"):
             _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
-        self._count_miss(reason if len(hit.chunks) < len(refs) else None)
+        if len(hit.chunks) < len(refs):
+            self._session.count_miss(reason)
         return hit
 
     @asynccontextmanager
@@ -78,8 +76,9 @@ class AsyncNamespace:
     ) -> AsyncIterator[Hit]:  # fmt: skip
         """`lookup`, whose lease is renewed by heartbeat while inside and given back at the end: the chunks of the hit
         stay for as long as it takes to read them."""
+        limit = self._session.begin(deadline)
         hit = await self.lookup(token_ids, lease_ms=lease_ms, deadline=deadline)
-        async with kept_alive(self._session, hit.lease):
+        async with kept_alive(self._session, hit.lease, limit.seconds):
             yield hit
 
     async def renew(self, hit: Hit, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> bool:
@@ -99,8 +98,9 @@ class AsyncNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        deadline: float | None = None,
+    ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
 
         `quality`: read no better than this, which is fewer bytes; None reads all that is stored. `min_quality`: what
@@ -112,7 +112,11 @@ class AsyncNamespace:
         With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
         that leaves the rest in time, and no more chunks where recomputing the rest is faster.
 
-        Nothing writes to `out` after this returns or is cancelled.
+        With `refine` it reads no more than `min_quality` needs (or what the planner chooses), and the result has a
+        `refinement`: what lacks to `quality` follows within another `deadline`, the prefix held by its lease meanwhile.
+        Those values are written when `await refinement.apply()` says so, never before.
+
+        Nothing else writes to `out` after this returns or is cancelled.
         """
         limit = self._session.begin(deadline)
         goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
@@ -123,11 +127,16 @@ class AsyncNamespace:
             out = sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
             refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
+        refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
-            kv, tokens = await self._get(refs, wanted, floor, out, limit, goal)
+            if refs:
+                key = self._placement_key(refs)
+                kv, tokens = await self._gets.get(refs, key, wanted, floor, out, limit, goal, refinement)
+            else:
+                kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
-        return kv, tokens
+        return Restored(kv, tokens, refinement)
 
     async def prefetch(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
@@ -170,11 +179,25 @@ class AsyncNamespace:
             node, hit, _ = await self._find("plan", self._refs(token_ids), 0, limit)
         return self._planner.plan(goal, node, good_enough(hit.chunks, floor), floor)
 
-    async def put(
+    @overload
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = ..., durable: bool = ...,
+        provenance: str | Quality = ..., first_token: int = ..., retain: tuple[int, int] | None = ...,
+        deadline: float | None = ..., background: Literal[False] = ..., copy: bool = ...,
+    ) -> Coroutine[Any, Any, PutResult]: ...  # fmt: skip
+
+    @overload
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = ..., durable: bool = ...,
+        provenance: str | Quality = ..., first_token: int = ..., retain: tuple[int, int] | None = ...,
+        deadline: float | None = ..., background: Literal[True], copy: bool = ...,
+    ) -> asyncio.Task[PutResult]: ...  # fmt: skip
+
+    def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
         provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
-        deadline: float | None = None,
-    ) -> PutResult:  # fmt: skip
+        deadline: float | None = None, background: bool = False, copy: bool = False,
+    ) -> Coroutine[Any, Any, PutResult] | asyncio.Task[PutResult]:  # fmt: skip
         """Stores the chunks that are missing, or held at a worse quality.
 
         `kv`: the prompt's tokens from `first_token` (a multiple of chunk_tokens) to its end, as `codec.encode` takes
@@ -182,17 +205,21 @@ class AsyncNamespace:
         that this KV was computed on ("raw": none, or an exact one). `retain`: (priority 0–100, seconds), a hint that
         these chunks are worth keeping: for so long others go before them, and lower priorities before higher ones.
 
-        Raises LayoutError (shape, dtype), ValuesError (NaN or infinities at a lossy quality), InvalidArgument.
+        `background`: answers a future of the result at once. `kv` is read until that is done, and may be overwritten
+        then; with `copy` at once. `deadline` counts from the call, however long the put waits for those before it (30
+        seconds unless given, or the client's where it is longer). Where too much is waiting already the put is dropped
+        (`PutResult.dropped`): this never waits. Cancelling the future ends the put.
+
+        Raises LayoutError (shape, dtype), ValuesError (NaN or infinities at a lossy quality), InvalidArgument; those
+        that the call cannot see yet, the future raises.
         """
-        limit = self._session.begin(deadline)
-        source = Source(
-            self.layout, self.part, sliceable(kv, self._part_layout), first_token,
-            codec.storable_quality(self.layout, quality), Quality.parse(provenance), durable, retention(retain),
+        asked = self.puts.asked(
+            token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+            retain=retain, deadline=deadline, background=background,
         )  # fmt: skip
-        refs = self._refs_from(token_ids, source)
-        with self._session.timed("put"):
-            before, stored = await self._put(source, refs, limit)
-        return result_of(before, stored)
+        if background:
+            return self.puts.start(asked, copy=copy, start=asyncio.get_running_loop().create_task)
+        return self.puts.put(asked)
 
     def writer(
         self, token_ids: TokenIds, *, quality: str | Quality = "high", durable: bool = False,
@@ -291,18 +318,6 @@ class AsyncNamespace:
             self.layout, token_ids, extras=self._extras, tenant_key=self._session.tenant_key, tail=self._tail
         )
 
-    def _refs_from(self, token_ids: TokenIds, source: Source) -> list[ChunkRef]:
-        """All chunks of the tokens. Raises InvalidArgument where `source.kv` does not fit them from first_token on."""
-        check_first_token(self.layout, source.first_token)
-        refs = self._refs(token_ids)
-        tokens = len(token_ids)  # type: ignore[arg-type]
-        held = codec.token_count(source.kv, self._part_layout)
-        if held != tokens - source.first_token:
-            raise InvalidArgument(
-                "kv must hold the tokens from first_token on", got=held, expected=tokens - source.first_token
-            )
-        return refs
-
     async def _find(
         self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline
     ) -> tuple[Node | None, Hit, str]:
@@ -310,105 +325,18 @@ class AsyncNamespace:
         if not refs:
             return None, Hit(), ABSENT
 
-        async def ask(node: Node, timeout_s: float) -> Hit:
-            began = time.monotonic()
-            hit = await lookup(node, self.layout, self.part, refs, lease_ms=lease_ms, timeout_s=timeout_s)
-            self._session.peers[node.address].latency.observe(time.monotonic() - began)
-            return hit
-
         try:
-            node, hit = await self._session.attempt(call, self._placement_key(refs), limit, ask)
+            node, hit = await self._session.attempt(
+                call, self._placement_key(refs), limit,
+                lambda node, timeout_s: timed_lookup(
+                    self._session, node, self.layout, self.part, refs, lease_ms, timeout_s
+                ),
+            )  # fmt: skip
         except KvClientError as error:
             self._session.forgive(call, error)
             return None, Hit(), error.code.value
         return node, hit, ABSENT
 
-    async def _get(
-        self, refs: Sequence[ChunkRef], wanted: Quality, floor: Quality, out: KVArray | None, limit: Deadline,
-        goal: Goal | None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
-        lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
-        node, hit, reason = await self._find("get", refs, lease_ms, limit)
-        chunks = good_enough(hit.chunks, floor)
-        if len(chunks) < len(hit.chunks):
-            reason = QUALITY
-        tokens = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
-        into = codec.empty(self._part_layout, tokens) if out is None else out
-        if node is None or not chunks:
-            self._count_miss(reason if refs else None)
-            return codec.token_slice(into, 0, 0), 0
-        lease_ids = hit.lease.ids if hit.lease is not None else ()
-
-        async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
-            before = part.chunks[0].first_token // self.layout.chunk_tokens
-            return await fetch(
-                node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
-                lambda profile_id: self._profiles.of_object(node, profile_id, limit), timing,
-            )  # fmt: skip
-
-        wants = Wanted(self.layout, self.part, chunks, wanted, floor)
-        if goal is None:
-            fetched = await fetch_part(wants, into, self._planner.timing(node))
-        else:
-            fetched, reason = await self._planner.fetch(goal, node, wants, into, fetch_part), SLOWER
-        if fetched.error is not None:
-            if isinstance(fetched.error, ProfileMissing):
-                self._lost.add(chunks[fetched.chunks :])
-            reason = fetched.error.code.value
-            self._session.metrics.failures.labels("get", reason).inc()
-            self._session.forgive("get", fetched.error)
-        self._count_miss(reason if fetched.chunks < len(refs) else None)
-        tokens = sum(chunk.tokens for chunk in chunks[: fetched.chunks])
-        return codec.token_slice(into, 0, tokens), tokens
-
-    async def _put(
-        self, source: Source, prompt: Sequence[ChunkRef], limit: Deadline
-    ) -> tuple[int | None, list[Stored]]:  # fmt: skip
-        """(tokens before `source`, None unless all of them are held; an answer for each chunk of it). A failure rejects
-        what was not answered before it."""
-        refs = [ref for ref in prompt if ref.first_token >= source.first_token]
-        if not refs:
-            return 0, []
-        mine = {ref.hash for ref in refs}
-        answered: dict[bytes, Stored] = {}
-        reason, before = "", None
-        try:
-            node, hit = await self._session.attempt(
-                "put", self._placement_key(prompt), limit,
-                lambda node, timeout_s: lookup(node, self.layout, self.part, prompt, lease_ms=0, timeout_s=timeout_s),
-            )  # fmt: skip
-            before = source.first_token if hit.tokens >= source.first_token else None
-            on_disk, source = True, replace(source, first_chunk=prompt[0].hash)
-            if not source.quality.exact:
-                profile, on_disk = await self._profiles.for_put(node, durable=source.durable, deadline=limit)
-                source = replace(source, profile=profile)
-            found = await self._lost.taken_out(node, [chunk for chunk in hit.chunks if chunk.hash in mine], limit)
-            held = {chunk.hash: chunk.stored_bytes for chunk in found if chunk.quality <= source.quality}
-            chunks = [Chunk(ref, held.get(ref.hash, 0)) for ref in refs]
-            if not source.durable:  # what is held is settled; a durable put asks the node whether it is on disk
-                answered = {c.ref.hash: Stored(c.ref, "have", "", False, c.held_bytes) for c in chunks if c.held_bytes}
-            unsettled = [chunk for chunk in chunks if chunk.ref.hash not in answered]
-            for batch in batches(source, unsettled):
-                done = await put(
-                    node, source, batch, self._session.executor, limit, self._session.metrics.bytes_sent.inc
-                )
-                answered |= {each.ref.hash: replace(each, durable=each.durable and on_disk) for each in done}
-            if not source.quality.exact:
-                await self._profiles.learn_from(
-                    [of_chunk(source, chunk.ref) for chunk in unsettled if not chunk.held_bytes]
-                )
-        except KvClientError as error:
-            self._session.profiles.doubt()
-            self._session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
-            self._session.forgive("put", error)
-            reason = str(error)
-        self._session.count_rejected("put", list(answered.values()))
-        return before, [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]
-
     def _placement_key(self, refs: Sequence[ChunkRef]) -> bytes:
         """Prompts that share their first chunk live together, so that a prefix is on one node."""
         return self.layout.namespace_id + refs[0].hash
-
-    def _count_miss(self, reason: str | None) -> None:
-        if reason is not None:
-            self._session.metrics.misses.labels(reason).inc()

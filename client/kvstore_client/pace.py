@@ -34,6 +34,14 @@ class Timing:
         self._count_received(size_bytes)
         self._object_bytes += size_bytes
 
+    def answered(self, seconds: float) -> None:
+        """A node has told what it holds. Called in any thread, as is `came`."""
+        self._peer.latency.observe(seconds)
+
+    def came(self, size_bytes: int, seconds: float, waited_s: float, now: float) -> None:
+        """An object took `seconds` to come, in which it waited for us for so long."""
+        self._peer.link.observe(size_bytes, seconds, now, at_least=waited_s > _HELD_UP_SHARE * seconds)
+
     def decoded(self, header: ObjectHeader, size_bytes: int, seconds: float) -> None:
         """One thread has decoded an object of so many bytes. Called in that thread."""
         elements = header.raw_bytes // DTYPE_BYTES[header.dtype]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import aclosing
@@ -12,7 +11,8 @@ import kvstore_codec as codec
 from kvstore_client.coder import DeadlineCoder
 from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import ProtocolViolation, one_line
+from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, one_line
+from kvstore_client.fetching import call_off, settle
 from kvstore_client.results import PutResult
 from kvstore_client.transports.transfer import Put
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
@@ -72,7 +72,7 @@ async def put(
     count_sent: Callable[[int], None],
 ) -> list[Stored]:  # fmt: skip
     """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
-    blobs = await _encode(source, chunks, executor, DeadlineCoder(deadline))
+    blobs = await _encode(source, chunks, executor, deadline)
     return await put_encoded(node, source, chunks, blobs, deadline, count_sent)
 
 
@@ -103,9 +103,10 @@ async def put_encoded(
 
 
 async def _encode(
-    source: Source, chunks: Sequence[Chunk], executor: Executor, coder: DeadlineCoder
+    source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline
 ) -> list[bytes | None]:
     """One object a chunk; None for what the node holds. Raises DeadlineExceeded, with no encoder left running."""
+    coder = DeadlineCoder(deadline)
 
     def encode(ref: ChunkRef) -> bytes:
         coder.check()
@@ -116,17 +117,16 @@ async def _encode(
             profile=source.profile, coder=coder,
         )  # fmt: skip
 
-    loop = asyncio.get_running_loop()
-    running = [None if chunk.held_bytes else loop.run_in_executor(executor, encode, chunk.ref) for chunk in chunks]
+    encodes = [None if chunk.held_bytes else executor.submit(encode, chunk.ref) for chunk in chunks]
+    running = [future for future in encodes if future is not None]
     try:
-        encoded = await asyncio.gather(*(future for future in running if future is not None), return_exceptions=True)
+        await settle(running, deadline.remaining())
     finally:
         coder.stop()  # where the caller has gone away
-    for outcome in encoded:
-        if isinstance(outcome, BaseException):
-            raise outcome
-    blobs = iter([outcome for outcome in encoded if isinstance(outcome, bytes)])
-    return [next(blobs) if future is not None else None for future in running]
+        await call_off(running)  # those that had no turn, behind other calls'
+    if any(future.cancelled() for future in running):
+        raise DeadlineExceeded("the call's deadline passed while coding", seconds=deadline.seconds)
+    return [future.result() if future is not None else None for future in encodes]
 
 
 def result_of(before: int | None, stored: Sequence[Stored]) -> PutResult:

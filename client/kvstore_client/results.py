@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
-from kvstore_codec import Quality
+from kvstore_client.errors import InvalidArgument
+from kvstore_codec import KVArray, Quality
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,29 @@ class Hit:
     lease: Lease | None = None
 
 
+class _KVAndTokens(NamedTuple):
+    kv: KVArray
+    n: int
+
+
+class Restored(_KVAndTokens, Generic[R]):
+    """What a get answers: `kv, n = cache.get(…)`. `refinement` is there where the get was asked to refine."""
+
+    _refinement: R | None
+
+    def __new__(cls, kv: KVArray, n: int, refinement: R | None = None) -> Self:
+        made = super().__new__(cls, kv, n)
+        made._refinement = refinement
+        return made
+
+    @property
+    def refinement(self) -> R:
+        """Raises InvalidArgument where the get was not asked to refine."""
+        if self._refinement is None:
+            raise InvalidArgument("a get has a refinement where it is asked for one: pass refine=True")
+        return self._refinement
+
+
 @dataclass(frozen=True)
 class PrefetchResult:
     """Chunks that the node has in memory, and those that it looks for now: 0 also where it follows as many hints as it
@@ -59,6 +89,8 @@ class PutResult:
     `stored`, `have`, `rejected`: chunks newly stored, there already at least as good, not stored.
     `tokens`: length of the prefix that the node now holds. `bytes`: encoded bytes of the stored chunks.
     `durable`: every chunk is on disk, synced. `reasons`: one line for each distinct cause of a rejection.
+    `dropped`: a background put that was given up unanswered: the queue was full, its turn came too late, or the client
+    was closed. All its chunks count as rejected.
     """
 
     stored: int = 0
@@ -68,6 +100,7 @@ class PutResult:
     bytes: int = 0
     durable: bool = False
     reasons: tuple[str, ...] = ()
+    dropped: bool = False
 
 
 @dataclass(frozen=True)

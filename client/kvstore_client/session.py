@@ -6,6 +6,7 @@ Not strict (the default), whatever a node does or fails to do is a miss, or a ch
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections import defaultdict
@@ -17,9 +18,10 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
+from kvstore_client.background import BackgroundPuts
 from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline, checked_seconds
-from kvstore_client.errors import ClientClosed, ErrorCode, KvClientError
+from kvstore_client.errors import ClientClosed, DeadlineExceeded, ErrorCode, KvClientError
 from kvstore_client.metrics import OncePerReason, client_metrics
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
@@ -35,7 +37,7 @@ R = TypeVar("R")
 class Session:
     def __init__(
         self, seeds: Sequence[str], *, deadline_s: float, strict: bool, threads: int | None, tenant_key: bytes,
-        registry: CollectorRegistry, transport: Transport,
+        registry: CollectorRegistry, transport: Transport, background_bytes: int,
     ) -> None:  # fmt: skip
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
@@ -44,10 +46,13 @@ class Session:
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip
         self.peers: dict[str, PeerEstimates] = defaultdict(PeerEstimates)  # by address: what gets have measured
+        self.background = BackgroundPuts(background_bytes, self.metrics)
+        self.refining: set[asyncio.Task[None]] = set()  # better values of gets that are on their way
         self._deadline_s = checked_seconds(deadline_s)
         self._log = OncePerReason()
         self._threads = threads or min(THREADS_MAX, os.cpu_count() or 1)
         self._executor: ThreadPoolExecutor | None = None
+        self._background_executor: ThreadPoolExecutor | None = None
         self._closed = False
 
     @property
@@ -57,15 +62,25 @@ class Session:
             self._executor = ThreadPoolExecutor(self._threads, "kvstore-client")
         return self._executor
 
+    @property
+    def background_executor(self) -> ThreadPoolExecutor:
+        """Threads that encode what is put in the background: a get's decoding does not queue up behind that."""
+        if self._background_executor is None:
+            self._background_executor = ThreadPoolExecutor(self._threads, "kvstore-background")
+        return self._background_executor
+
     def decode_estimates(self) -> DecodeEstimates:
         """For one namespace."""
         return DecodeEstimates(self._threads)
 
-    def begin(self, deadline_s: float | None) -> Deadline:
-        """The deadline of a call that starts now. Raises ClientClosed, InvalidArgument."""
+    def begin(self, deadline_s: float | None, *, at_least_s: float = 0.0) -> Deadline:
+        """The deadline of a call that starts now; `at_least_s`: where the call names none. Raises ClientClosed,
+        InvalidArgument."""
         if self._closed:
             raise ClientClosed("the client is closed")
-        return Deadline(self._deadline_s if deadline_s is None else checked_seconds(deadline_s))
+        if deadline_s is None:
+            return Deadline(max(self._deadline_s, at_least_s))
+        return Deadline(checked_seconds(deadline_s))
 
     async def attempt(
         self, call: str, key: bytes, deadline: Deadline, function: Callable[[Node, float], Awaitable[R]]
@@ -75,9 +90,16 @@ class Session:
         Raises the last error."""
         nodes = list(self.connections.ranked(key))
         for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
+            began_s = time.monotonic()
             try:
-                return node, await function(node, timeout_s(deadline, left))
+                result = await function(node, timeout_s(deadline, left))
+                self.connections.answered(node)
+                return node, result
             except KvClientError as error:
+                if isinstance(error, DeadlineExceeded):
+                    self.connections.unanswered(node, began_s)
+                else:
+                    self.connections.answered(node)
                 self.metrics.failures.labels(call, error.code.value).inc()
                 if left == 1 or self._closed or not worth_another_node(error):
                     raise
@@ -95,6 +117,10 @@ class Session:
         if rejected:
             self.metrics.rejections.labels(ErrorCode.REFUSED.value).inc(len(rejected))
             self.warn(call, ErrorCode.REFUSED, rejected[0].reason)
+
+    def count_miss(self, reason: str) -> None:
+        """Of a lookup or get that found less than all."""
+        self.metrics.misses.labels(reason).inc()
 
     def warn(self, call: str, code: ErrorCode | codec.ErrorCode, details: str) -> None:
         """Logs the first event of its kind."""
@@ -114,8 +140,12 @@ class Session:
         self.warn("bulk", error.code, str(error))
 
     async def aclose(self) -> None:
-        """Idempotent."""
+        """Idempotent. Waits for what is put in the background, for as long as a call may take."""
         self._closed = True
+        await self.background.aclose(self._deadline_s)
+        for task in (refining := list(self.refining)):
+            task.cancel()
         await self.profiles.aclose()
         await self.connections.aclose()
-        self._executor = None  # its threads end with the last call that uses it
+        await asyncio.gather(*refining, return_exceptions=True)  # they let go of leases, or cannot any more
+        self._executor = self._background_executor = None  # their threads end with the last call that uses them

@@ -9,7 +9,7 @@ layer, position, quality and checksums are compared before its layer is handed o
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ MS_MAX = 2**32 - 1  # as the protocol can say it
 
 #: (node, hit, why no more) of a lookup, given a lease's milliseconds and a deadline; no node where none answered
 Find = Callable[[int, Deadline], Awaitable[tuple[Node | None, Hit, str]]]
-ProfileOf = Callable[[Node, bytes, Deadline], Awaitable[Profile]]
+ProfileOf = Callable[[Node, bytes, Deadline], Coroutine[Any, Any, Profile]]
 Layer = tuple[int, Any, Any]
 
 

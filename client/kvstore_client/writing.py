@@ -149,10 +149,11 @@ class AsyncWriter:
             chunk_hashes=b"".join(ref.hash for ref in self._missing), quality=source.quality,
             provenance=source.provenance,
         )  # fmt: skip
+        seconds = timeout_s(limit)
         async with failures(node):
             self._stream = PutStream(node, node.live.Write())
             try:
-                await asyncio.wait_for(self._opened(self._stream, opening), timeout_s(limit))
+                await asyncio.wait_for(self._opened(self._stream, opening), seconds)
             except asyncio.TimeoutError:
                 raise DeadlineExceeded("the node did not answer in time", node=node.address) from None
 

@@ -35,3 +35,26 @@ class Coder:
 
     def decode_lossless(self, segments: Sequence[Sequence[Annotated[NDArray, dict(device='cpu', writable=False)] | tuple[Annotated[NDArray, dict(device='cpu', writable=False)], Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int]]], payloads: Sequence[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]], dtype: int, threads: int) -> int:
         """status; writes the planes"""
+
+class RawPlanes:
+    """K₀, V₀, K₁, V₁, … of a raw object; see kvstore_codec.raw"""
+
+    def __init__(self, planes: Annotated[NDArray, dict(device='cpu', writable=False)] | Sequence[Annotated[NDArray, dict(device='cpu', writable=False)] | tuple[Annotated[NDArray, dict(device='cpu', writable=False)], Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int]], itemsize: int, isa: int) -> None:
+        """
+        planes: one array [layers, 2, tokens, heads, dim], or one each; isa: a number of `instruction_sets()`
+        """
+
+    def write(self, table: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], payload: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> tuple[int, int]:
+        """
+        (status, segment at fault); copies the payload, comparing each segment's checksum
+        """
+
+    def check(self, table: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int) -> tuple[int, int]:
+        """
+        (status, segment at fault); compares the checksums of segments [first, last) with what is in the planes
+        """
+
+    def seal(self, head: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], segments: int) -> bytes:
+        """
+        the object that a header and a table without checksums head, with its payload and all checksums
+        """

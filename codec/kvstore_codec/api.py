@@ -9,9 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
-from kvstore_codec import arrays, container
+from kvstore_codec import arrays, container, raw
 from kvstore_codec.arrays import KVArray, Plane
 from kvstore_codec.container import KV, Buffer, CodecId, Flags, NewSegment, ObjectHeader
 from kvstore_codec.errors import DamagedObject, ErrorCode, ForeignObject, LayoutError, ProfileMissing
@@ -39,6 +37,8 @@ STEP_MIN, STEP_MAX = 2.0**-8, 2.0**8
 #: Tokens at positions before this one carry most of the loss when quantised and are stored as they are.
 SINK_POSITIONS = 4
 
+_EXACT_CODECS = {Quality.RAW: CodecId.RAW, Quality.LOSSLESS: CodecId.LOSSLESS}
+
 
 def encode(
     kv: KVArray, layout: KVLayout, *, quality: str | Quality = "high", first_position: int = 0,
@@ -61,8 +61,8 @@ def encode(
     infinities, magnitudes of 2¹⁰⁰, with a profile of 2⁶⁰).
     """
     part_layout = layout.part_layout(part)
-    planes = arrays.planes(kv, part_layout)
-    tokens = planes[0].shape[0]
+    places = arrays.places(kv, part_layout)
+    tokens = arrays.tokens_of(places)
     if not 1 <= tokens <= layout.chunk_tokens:
         raise LayoutError("a chunk has 1 to chunk_tokens tokens", tokens=tokens, chunk_tokens=layout.chunk_tokens)
     if not 0 <= first_position < 1 << 48:
@@ -76,16 +76,22 @@ def encode(
         profile = None
     elif profile is not None:
         _require_profile(profile, layout)
-    groups = segment_groups(part_layout, tokens) if profile is None else [group.planes for group in profile.groups]
+    lossy_codec = CodecId.CF if profile is None else CodecId.PROFILE
+    header = ObjectHeader(
+        namespace_id=layout.namespace_id, chunk_hash=chunk_hash, part=part, tokens=tokens,
+        first_position=first_position, codec=_EXACT_CODECS.get(quality, lossy_codec), dtype=layout.dtype,
+        quality=quality, provenance=Quality.parse(provenance),
+        flags=Flags.TAIL if tokens < layout.chunk_tokens else Flags(0), layers=part_layout.num_layers,
+        raw_bytes=tokens * part_layout.bytes_per_token, profile_id=bytes(32) if profile is None else profile.profile_id,
+    )  # fmt: skip
     if quality is Quality.RAW:
-        codec = CodecId.RAW
-        coded = [[b"".join(arrays.read(planes[index]).tobytes() for index in group.plane_indices)] for group in groups]
-    elif quality is Quality.LOSSLESS:
-        codec = CodecId.LOSSLESS
+        return raw.encode(places, part_layout, header)
+    planes = arrays.planes_of(places)
+    groups = segment_groups(part_layout, tokens) if profile is None else [group.planes for group in profile.groups]
+    if quality is Quality.LOSSLESS:
         chosen = [[planes[index] for index in group.plane_indices] for group in groups]
         coded = [[payload] for payload in coder.encode_lossless(chosen, layout.dtype, threads)]
     else:
-        codec = CodecId.CF if profile is None else CodecId.PROFILE
         lossy = _Lossy(planes, part_layout, groups, first_position, profile, step)
         coded = lossy.encode(quality.lossy_layers, coder, threads)
     segments = [
@@ -93,13 +99,7 @@ def encode(
         for level in range(len(coded[0]))
         for group, layers in zip(groups, coded, strict=True)
     ]
-    return container.pack(
-        segments, namespace_id=layout.namespace_id, chunk_hash=chunk_hash, part=part, tokens=tokens,
-        first_position=first_position, codec=codec, dtype=layout.dtype, quality=quality,
-        provenance=Quality.parse(provenance), flags=Flags.TAIL if tokens < layout.chunk_tokens else Flags(0),
-        layers=part_layout.num_layers, raw_bytes=tokens * part_layout.bytes_per_token,
-        profile_id=bytes(32) if profile is None else profile.profile_id,
-    )  # fmt: skip
+    return container.pack(segments, header)
 
 
 def decode(
@@ -117,28 +117,31 @@ def decode(
     ProfileMissing (`profile` is not the one that the object names), LayoutError (`out` does not fit). `out`'s contents
     are unspecified after an error.
     """
+    header = container.parse_header(blob)
+    view = memoryview(blob)
+    header.layers_in(len(view))
     if quality is not None:
-        blob = container.truncate(blob, quality)
-    info = container.inspect(blob)
-    header = info.header
+        view = view[: min(len(view), header.length_for(Quality.parse(quality)))]
     check_header(header, layout, chunk_hash=chunk_hash, part=part)
     part_layout = layout.part_layout(header.part)
-    groups = [SegmentGroup(*segment.planes) for segment in info.segments if segment.quality_layer == 0]
-    used = _named_profile(profile, header, layout, groups) if header.codec is CodecId.PROFILE else None
     if out is None:
         out = arrays.empty(part_layout, header.tokens)
-    planes = arrays.planes_to_write(out, part_layout)
-    if planes[0].shape[0] != header.tokens:
-        raise LayoutError("out has another number of tokens", got=planes[0].shape[0], expected=header.tokens)
-
-    # The same planes in each quality layer (container.inspect sees to that): one list a group, quality layers in order.
-    held = container.segment_bytes(blob, info.segments)
-    payloads = [held[index :: len(groups)] for index in range(len(groups))]
-    chosen = [[planes[index] for index in group.plane_indices] for group in groups]
+    places = arrays.places_to_write(out, part_layout)
+    if arrays.tokens_of(places) != header.tokens:
+        raise LayoutError("out has another number of tokens", got=arrays.tokens_of(places), expected=header.tokens)
     if header.codec is CodecId.RAW:
-        for layers, some in zip(payloads, chosen, strict=True):
-            _copy_raw(layers[0], some)
-    elif header.codec is CodecId.LOSSLESS:
+        raw.decode(view, header, places, part_layout)
+        return out
+
+    info = container.inspect(view)
+    groups = [SegmentGroup(*segment.planes) for segment in info.segments if segment.quality_layer == 0]
+    used = _named_profile(profile, header, layout, groups) if header.codec is CodecId.PROFILE else None
+    # The same planes in each quality layer (container.inspect sees to that): one list a group, quality layers in order.
+    held = container.segment_bytes(view, info.segments)
+    payloads = [held[index :: len(groups)] for index in range(len(groups))]
+    planes = arrays.planes_of(places)
+    if header.codec is CodecId.LOSSLESS:
+        chosen = [[planes[index] for index in group.plane_indices] for group in groups]
         coder.decode_lossless(chosen, [layers[0] for layers in payloads], header.dtype, threads)
     else:
         lossy = _Lossy(planes, part_layout, groups, header.first_position, used)
@@ -274,13 +277,3 @@ def _named_profile(
     if [group.planes for group in profile.groups] != list(groups):
         raise DamagedObject("the object's segments are not its profile's groups", code=ErrorCode.STRUCTURE)
     return profile
-
-
-def _copy_raw(payload: memoryview, planes: Sequence[Plane]) -> None:
-    if len(payload) != sum(plane.nbytes for plane in planes):
-        raise DamagedObject("a raw segment has the wrong length", code=ErrorCode.STRUCTURE)
-    at = 0
-    for plane in planes:
-        values = np.frombuffer(payload[at : at + plane.nbytes], plane.dtype)
-        arrays.write(plane, values.reshape(plane.shape))
-        at += plane.nbytes

@@ -71,8 +71,20 @@ class PagedPlane(NamedTuple):
         page_tokens = self.pages.shape[1]
         return self.block_ids[at // page_tokens], at % page_tokens
 
+    @property
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(page, first token in it, last token + 1) of each page that holds some of the tokens, in their order."""
+        page_tokens, end = int(self.pages.shape[1]), self.first_token + self.tokens
+        return [
+            (int(self.block_ids[number]), max(0, self.first_token - number * page_tokens),
+             min(page_tokens, end - number * page_tokens))
+            for number in range(self.first_token // page_tokens, -(-end // page_tokens))
+        ]  # fmt: skip
+
 
 Plane = Bits | PagedPlane
+#: one array `[layers, 2, tokens, kv_heads, head_dim]` of all planes, or each plane
+Places = Bits | list[Plane]
 
 
 def read(plane: Plane) -> Bits:
@@ -127,43 +139,49 @@ def token_slice(kv: KVArray, first: int, last: int) -> KVArray:
 
 def token_count(kv: KVArray, layout: KVLayout) -> int:
     """Tokens in `kv`; raises LayoutError, naming the axis, when it does not fit `layout`."""
-    return int(planes(kv, layout)[0].shape[0])
+    return tokens_of(places(kv, layout))
 
 
 def planes(kv: KVArray, layout: KVLayout) -> list[Plane]:
     """K₀, V₀, K₁, V₁, … as views of `kv`'s memory. Raises LayoutError when shapes or dtype do not fit."""
+    return planes_of(places(kv, layout))
+
+
+def places(kv: KVArray, layout: KVLayout) -> Places:
+    """`kv`'s memory in as few arrays as it came in. Raises LayoutError when shapes or dtype do not fit."""
     if isinstance(kv, PagedKV):
         return _paged(kv, layout)
-    arrays: list[Plane]
     if isinstance(kv, list | tuple):
-        arrays = _pairs(kv, layout)
-    else:
-        whole = _bits(kv, layout.dtype)
-        first = layout.layers[0]
-        if not layout.is_uniform:
-            raise LayoutError("layers of this layout differ in shape: pass a list of (k, v) pairs")
-        expected = (
-            layout.num_layers,
-            2,
-            whole.shape[2] if whole.ndim == 5 else -1,
-            first.kv_heads,
-            first.k_dim,
-        )
-        if whole.shape != expected:
-            raise LayoutError(
-                "kv must be [layers, 2, tokens, kv_heads, head_dim]", got=whole.shape,
-                expected=(layout.num_layers, 2, "tokens", first.kv_heads, first.k_dim),
-            )  # fmt: skip
-        arrays = [whole[layer, plane] for layer in range(layout.num_layers) for plane in range(2)]
-    return arrays
+        return _pairs(kv, layout)
+    whole = _bits(kv, layout.dtype)
+    first = layout.layers[0]
+    if not layout.is_uniform:
+        raise LayoutError("layers of this layout differ in shape: pass a list of (k, v) pairs")
+    expected = (layout.num_layers, 2, whole.shape[2] if whole.ndim == 5 else -1, first.kv_heads, first.k_dim)
+    if whole.shape != expected:
+        raise LayoutError(
+            "kv must be [layers, 2, tokens, kv_heads, head_dim]", got=whole.shape,
+            expected=(layout.num_layers, 2, "tokens", first.kv_heads, first.k_dim),
+        )  # fmt: skip
+    return whole
 
 
-def planes_to_write(kv: KVArray, layout: KVLayout) -> list[Plane]:
-    """`planes` of an array to decode into. Raises LayoutError also where its memory is read-only."""
-    arrays = planes(kv, layout)
-    if not all((array.pages if isinstance(array, PagedPlane) else array).flags.writeable for array in arrays):
+def places_to_write(kv: KVArray, layout: KVLayout) -> Places:
+    """`places` of an array to decode into. Raises LayoutError also where its memory is read-only."""
+    found = places(kv, layout)
+    some = found if isinstance(found, list) else [found]
+    if not all((array.pages if isinstance(array, PagedPlane) else array).flags.writeable for array in some):
         raise LayoutError("out is read-only: pass an array that may be written")
-    return arrays
+    return found
+
+
+def planes_of(places: Places) -> list[Plane]:
+    """K₀, V₀, K₁, V₁, …"""
+    return places if isinstance(places, list) else [plane for layer in places for plane in layer]
+
+
+def tokens_of(places: Places) -> int:
+    return int(places[0].shape[0] if isinstance(places, list) else places.shape[2])
 
 
 def _paged(kv: PagedKV, layout: KVLayout) -> list[Plane]:

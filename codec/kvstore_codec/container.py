@@ -12,7 +12,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import xxhash
@@ -27,12 +28,16 @@ QUALITY_LAYERS_MAX = 3
 
 _HEADER = struct.Struct("<4sHH32s32sIIQBBBBBBH32sQQQQIIQQQ")
 _ENTRY = struct.Struct("<BBHHHQQ")
+_ENTRY_START = struct.Struct("<BBHHH")
 HEADER_BYTES = _HEADER.size
 SEGMENT_ENTRY_BYTES = _ENTRY.size
 _HEADER_CHECKED = HEADER_BYTES - 8
 assert (HEADER_BYTES, SEGMENT_ENTRY_BYTES) == (192, 24)
 
 SEGMENTS_MAX = LAYERS_MAX * 2 * QUALITY_LAYERS_MAX
+#: An object's header is asked for by everybody on its way, and objects of one layout have segment tables of one
+#: structure: of so many, what was read before is remembered. Larger tables are rare, and would fill memory.
+_HEADERS_REMEMBERED, _STRUCTURES_REMEMBERED, _REMEMBERED_SEGMENTS_MAX = 256, 64, 1024
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPE_BYTES)}
 _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 
@@ -69,14 +74,18 @@ class KV(IntFlag):
     V = 2
 
 
-#: enum calls are slow, and a segment table makes many
+#: enum calls are slow
 _KV = {1: KV.K, 2: KV.V, 3: KV.K | KV.V}
+_CODECS = {int(codec): codec for codec in CodecId}
+_QUALITIES = {int(quality): quality for quality in Quality}
+_FLAGS = {0: Flags(0), 1: Flags.TAIL}
 
 
 @dataclass(frozen=True)
 class ObjectHeader:
     """The fixed header. `quality` is the best the whole object reads at; `layer_bytes[q]` is the length of the
-    prefix that holds quality layers 0…q; `raw_bytes` is the size of the array it decodes to."""
+    prefix that holds quality layers 0…q; `raw_bytes` is the size of the array it decodes to. The last three fields are
+    of the segment table: `pack` fills them in."""
 
     namespace_id: bytes
     chunk_hash: bytes
@@ -89,11 +98,11 @@ class ObjectHeader:
     provenance: Quality
     flags: Flags
     layers: int
-    profile_id: bytes
     raw_bytes: int
-    layer_bytes: tuple[int, ...]
-    segments: int
-    table_checksum: int
+    profile_id: bytes = bytes(32)
+    layer_bytes: tuple[int, ...] = ()
+    segments: int = 0
+    table_checksum: int = 0
 
     @property
     def tail(self) -> bool:
@@ -174,25 +183,9 @@ class NewSegment(NamedTuple):
     payload: Buffer
 
 
-def pack(
-    segments: Sequence[NewSegment], *,
-    namespace_id: bytes, chunk_hash: bytes, part: int, tokens: int, first_position: int, codec: CodecId,
-    dtype: str, quality: Quality, provenance: Quality, flags: Flags, layers: int, raw_bytes: int,
-    profile_id: bytes = bytes(32),
-) -> bytes:  # fmt: skip
+def pack(segments: Sequence[NewSegment], header: ObjectHeader) -> bytes:
     """One object as bytes. `segments` come quality-major; raises nothing for what `api.encode` passes."""
-    table = b"".join(
-        _ENTRY.pack(
-            s.quality_layer,
-            s.kv,
-            s.layer_first,
-            s.layer_count,
-            0,
-            len(s.payload),
-            xxhash.xxh3_64_intdigest(s.payload),
-        )
-        for s in segments
-    )
+    table = b"".join(table_entry(*s[:4], len(s.payload), xxhash.xxh3_64_intdigest(s.payload)) for s in segments)
     layer_bytes: list[int] = []
     length = HEADER_BYTES + len(table)
     for segment in segments:
@@ -200,15 +193,26 @@ def pack(
             layer_bytes.append(length)
         length += len(segment.payload)
         layer_bytes[-1] = length
-    quality_layers = len(layer_bytes)
-    header = _HEADER.pack(
-        MAGIC, FORMAT_VERSION, HEADER_BYTES, namespace_id, chunk_hash, part, tokens, first_position,
-        codec, DTYPE_CODES[dtype], quality, quality_layers, provenance, flags, layers, profile_id, raw_bytes,
-        *layer_bytes, *[0] * (QUALITY_LAYERS_MAX - quality_layers),
-        len(segments), 0, xxhash.xxh3_64_intdigest(table), 0, 0,
-    )  # fmt: skip
-    checksum = xxhash.xxh3_64_intdigest(header[:_HEADER_CHECKED])
-    return b"".join([header[:_HEADER_CHECKED], checksum.to_bytes(8, "little"), table, *(s.payload for s in segments)])
+    return b"".join([header_bytes(header, layer_bytes, table), table, *(s.payload for s in segments)])
+
+
+def table_entry(
+    quality_layer: int, kv: KV, layer_first: int, layer_count: int, length: int, checksum: int
+) -> bytes:  # fmt: skip
+    """One segment's bytes in the table."""
+    return _ENTRY.pack(quality_layer, kv, layer_first, layer_count, 0, length, checksum)
+
+
+def header_bytes(header: ObjectHeader, layer_bytes: Sequence[int], table: bytes) -> bytes:
+    """The fixed header of an object with this segment table, `header`'s own last three fields left aside."""
+    checked = _HEADER.pack(
+        MAGIC, FORMAT_VERSION, HEADER_BYTES, header.namespace_id, header.chunk_hash, header.part, header.tokens,
+        header.first_position, header.codec, DTYPE_CODES[header.dtype], header.quality, len(layer_bytes),
+        header.provenance, header.flags, header.layers, header.profile_id, header.raw_bytes,
+        *layer_bytes, *[0] * (QUALITY_LAYERS_MAX - len(layer_bytes)),
+        len(table) // SEGMENT_ENTRY_BYTES, 0, xxhash.xxh3_64_intdigest(table), 0, 0,
+    )[:_HEADER_CHECKED]  # fmt: skip
+    return checked + xxhash.xxh3_64_intdigest(checked).to_bytes(8, "little")
 
 
 def parse_header(buffer: Buffer) -> ObjectHeader:
@@ -216,25 +220,31 @@ def parse_header(buffer: Buffer) -> ObjectHeader:
     view = memoryview(buffer)
     if len(view) < HEADER_BYTES:
         raise DamagedObject("too short for an object header", code=ErrorCode.TRUNCATED, bytes=len(view))
+    return _parsed(bytes(view[:HEADER_BYTES]))
+
+
+@lru_cache(_HEADERS_REMEMBERED)
+def _parsed(data: bytes) -> ObjectHeader:
+    """Raises DamagedObject, UnsupportedObject."""
     (
         magic, version, header_bytes, namespace_id, chunk_hash, part, tokens, first_position,
         codec, dtype, quality, quality_layers, provenance, flags, layers, profile_id, raw_bytes,
         length_0, length_1, length_2, segments, reserved_1, table_checksum, reserved_2, checksum,
-    ) = _HEADER.unpack_from(view)  # fmt: skip
+    ) = _HEADER.unpack(data)  # fmt: skip
     if magic != MAGIC:
         raise DamagedObject("not a kvstore object", code=ErrorCode.MAGIC_MISMATCH, magic=magic.hex())
     if version != FORMAT_VERSION:
         raise UnsupportedObject(
             "object format version is not known here", code=ErrorCode.VERSION_UNSUPPORTED, version=version
         )
-    if checksum != xxhash.xxh3_64_intdigest(view[:_HEADER_CHECKED]):
+    if checksum != xxhash.xxh3_64_intdigest(data[:_HEADER_CHECKED]):
         raise DamagedObject("header checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
-    if codec > max(CodecId):
+    if codec not in _CODECS:
         raise UnsupportedObject("codec is not known here", code=ErrorCode.CODEC_UNSUPPORTED, codec=codec)
     layer_bytes = (length_0, length_1, length_2)[:quality_layers]
     header = ObjectHeader(
-        namespace_id, chunk_hash, part, tokens, first_position, CodecId(codec), _DTYPE_NAMES.get(dtype, ""),
-        _quality(quality), _quality(provenance), Flags(flags & Flags.TAIL), layers, profile_id, raw_bytes,
+        namespace_id, chunk_hash, part, tokens, first_position, _CODECS[codec], _DTYPE_NAMES.get(dtype, ""),
+        _quality(quality), _quality(provenance), _FLAGS[flags & 1], layers, raw_bytes, profile_id,
         layer_bytes, segments, table_checksum,
     )  # fmt: skip
     best = {CodecId.RAW: Quality.RAW, CodecId.LOSSLESS: Quality.LOSSLESS}.get(header.codec)
@@ -269,21 +279,16 @@ def inspect(buffer: Buffer) -> ObjectInfo:
     header = parse_header(buffer)
     view = memoryview(buffer)
     quality_layers = header.layers_in(len(view))
-    table = view[HEADER_BYTES : header.table_end]
-    if len(table) != header.segments * SEGMENT_ENTRY_BYTES:
-        raise DamagedObject("segment table exceeds the object", code=ErrorCode.TRUNCATED)
-    if xxhash.xxh3_64_intdigest(table) != header.table_checksum:
-        raise DamagedObject("segment table checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
-    segments: list[SegmentInfo] = []
-    offset = header.table_end
-    for quality_layer, kv, first, count, reserved, length, checksum in _ENTRY.iter_unpack(table):
-        if reserved or not 1 <= kv <= 3 or count < 1 or first + count > header.layers:
-            raise DamagedObject("segment table holds an impossible segment", code=ErrorCode.STRUCTURE)
-        segments.append(SegmentInfo(quality_layer, _KV[kv], first, count, offset, length, checksum))
-        offset += length
-    _check_order(header, segments)
-    held = tuple(segment for segment in segments if segment.quality_layer < quality_layers)
-    return ObjectInfo(header, header.quality_at(len(view)), held)
+    table, structure = read_table(view, header)
+    words = memoryview(table).cast("Q")
+    lengths, checksums = words[1::3].tolist(), words[2::3].tolist()
+    offsets = list(accumulate(lengths, initial=header.table_end))
+    per_layer = len(lengths) // len(header.layer_bytes)
+    if tuple(offsets[per_layer::per_layer]) != header.layer_bytes:
+        raise DamagedObject("segment table does not add up", code=ErrorCode.STRUCTURE)
+    columns = zip(structure[: per_layer * quality_layers], offsets, lengths, checksums, strict=False)
+    segments = tuple(SegmentInfo(*planes, offset, length, checksum) for planes, offset, length, checksum in columns)
+    return ObjectInfo(header, header.quality_at(len(view)), segments)
 
 
 def verify(buffer: Buffer) -> ObjectInfo:
@@ -299,11 +304,15 @@ def segment_bytes(buffer: Buffer, segments: Sequence[SegmentInfo]) -> list[memor
     payloads = [view[segment.offset : segment.offset + segment.length] for segment in segments]
     for segment, payload in zip(segments, payloads, strict=True):
         if xxhash.xxh3_64_intdigest(payload) != segment.checksum:
-            raise DamagedObject(
-                "segment checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH,
-                layer=segment.layer_first, quality_layer=segment.quality_layer,
-            )  # fmt: skip
+            raise wrong_checksum(segment.quality_layer, segment.layer_first)
     return payloads
+
+
+def wrong_checksum(quality_layer: int, layer: int) -> DamagedObject:
+    """What a segment that starts with `layer` raises."""
+    return DamagedObject(
+        "segment checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH, layer=layer, quality_layer=quality_layer
+    )
 
 
 def truncate(buffer: Buffer, quality: str | Quality) -> memoryview:
@@ -317,34 +326,56 @@ def truncate(buffer: Buffer, quality: str | Quality) -> memoryview:
     return view[: min(len(view), header.length_for(Quality.parse(quality)))]
 
 
-def _check_order(header: ObjectHeader, segments: list[SegmentInfo]) -> None:
-    """Each quality layer covers every (layer, K|V) plane once, in one grouping, and ends where the header says."""
-    levels = len(header.layer_bytes)
-    per_layer = len(segments) // levels
-    groups = [segment.planes for segment in segments[:per_layer]]
-    sides = [int(kv) for kv, _, _ in groups]  # as plain numbers: arithmetic on flags is slow
+#: (quality layer, kv, first layer, layers) of each segment of a table
+Structure = tuple[tuple[int, KV, int, int], ...]
+
+
+def read_table(view: memoryview, header: ObjectHeader) -> tuple[bytes, Structure]:
+    """A copy of the segment table, its checksum compared, and its structure: each quality layer covers every
+    (layer, K|V) plane once, in one grouping. Lengths and checksums in it are for the caller to check. Raises
+    DamagedObject."""
+    table = bytes(view[HEADER_BYTES : header.table_end])
+    if len(table) != header.segments * SEGMENT_ENTRY_BYTES:
+        raise DamagedObject("segment table exceeds the object", code=ErrorCode.TRUNCATED)
+    if xxhash.xxh3_64_intdigest(table) != header.table_checksum:
+        raise DamagedObject("segment table checksum does not match", code=ErrorCode.CHECKSUM_MISMATCH)
+    read = _structure if header.segments <= _REMEMBERED_SEGMENTS_MAX else _structure.__wrapped__
+    return table, read(memoryview(table).cast("Q")[::3].tobytes(), header.layers, len(header.layer_bytes))
+
+
+@lru_cache(_STRUCTURES_REMEMBERED)
+def _structure(first_words: bytes, layers: int, levels: int) -> Structure:
+    """Of the first 8 bytes of each entry. Raises DamagedObject."""
+    structure: list[tuple[int, KV, int, int]] = []
+    for quality_layer, kv, first, count, reserved in _ENTRY_START.iter_unpack(first_words):
+        if reserved or not 1 <= kv <= 3 or count < 1 or first + count > layers:
+            raise DamagedObject("segment table holds an impossible segment", code=ErrorCode.STRUCTURE)
+        structure.append((quality_layer, _KV[kv], first, count))
+    per_layer = len(structure) // levels
+    groups = [planes for _, *planes in structure[:per_layer]]
+    sides = [int(kv) for _, kv, _, _ in structure[:per_layer]]  # as plain numbers: arithmetic on flags is slow
     # Counted before it is written out: groups may claim far more planes than there are.
-    ok = per_layer * levels == len(segments) and 2 * header.layers == sum(
+    ok = per_layer * levels == len(structure) and 2 * layers == sum(
         side.bit_count() * count for side, (_, _, count) in zip(sides, groups, strict=True)
     )
     if ok:
-        covered = [0] * header.layers
+        covered = [0] * layers
         for side, (_, first, count) in zip(sides, groups, strict=True):
             for layer in range(first, first + count):
                 ok = ok and not covered[layer] & side
                 covered[layer] |= side
     if not ok:
         raise DamagedObject("segment table does not cover every plane once", code=ErrorCode.STRUCTURE)
-    for level, end in enumerate(header.layer_bytes):
-        some = segments[level * per_layer : (level + 1) * per_layer]
-        ok = ok and all(segment.quality_layer == level for segment in some)
-        ok = ok and [segment.planes for segment in some] == groups
-        ok = ok and some[-1].offset + some[-1].length == end
+    for level in range(levels):
+        some = structure[level * per_layer : (level + 1) * per_layer]
+        ok = ok and all(quality_layer == level for quality_layer, *_ in some)
+        ok = ok and [planes for _, *planes in some] == groups
     if not ok:
         raise DamagedObject("segment table does not add up", code=ErrorCode.STRUCTURE)
+    return tuple(structure)
 
 
 def _quality(value: int) -> Quality:
-    if value not in tuple(Quality):
+    if value not in _QUALITIES:
         raise DamagedObject("header names an unknown quality", code=ErrorCode.STRUCTURE, quality=value)
-    return Quality(value)
+    return _QUALITIES[value]

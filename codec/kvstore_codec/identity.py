@@ -92,15 +92,15 @@ def chunk_refs(
 
     `token_ids`: 1-D integers in [0, 2³²). Raises LayoutError for anything else.
     """
-    tokens = _token_array(token_ids)
-    size = layout.chunk_tokens
+    tokens = _token_array(token_ids).tobytes()
+    size, held = layout.chunk_tokens, len(tokens) // 4
     parent = _hash(_ROOT, tenant_key, layout.namespace_id)
     refs: list[ChunkRef] = []
-    for index, first in enumerate(range(0, len(tokens), size)):
-        count = min(size, len(tokens) - first)
+    for index, first in enumerate(range(0, held, size)):
+        count = min(size, held - first)
         if count < size and not tail:
             break
-        message = tokens[first : first + count].tobytes()
+        message = tokens[4 * first : 4 * (first + count)]
         if count < size:
             message = count.to_bytes(4, "little") + message
         if extras is not None:

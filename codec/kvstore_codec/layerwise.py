@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from kvstore_codec import container
 from kvstore_codec.api import check_header, storable_quality
-from kvstore_codec.container import Buffer, CodecId, Flags, NewSegment, ObjectInfo
+from kvstore_codec.container import Buffer, CodecId, Flags, NewSegment, ObjectHeader, ObjectInfo
 from kvstore_codec.errors import DamagedObject, ErrorCode, LayoutError
 from kvstore_codec.layout import KVLayout, Partition
 from kvstore_codec.quality import Quality
@@ -57,14 +57,14 @@ def join_layers(objects: Sequence[Buffer], layout: KVLayout, part: int = 0) -> b
     quality = storable_quality(part_layout, max(info.header.quality for info in infos))
     if any(storable_quality(by_layers.part_layout(info.header.part), quality) != info.quality for info in infos):
         raise DamagedObject("the layers are of different qualities", code=ErrorCode.STRUCTURE)
-    return container.pack(
-        _segments(objects, infos, max(1, quality.lossy_layers)), namespace_id=layout.namespace_id,
-        chunk_hash=first.chunk_hash, part=part, tokens=first.tokens, first_position=first.first_position,
-        codec=_CODECS.get(quality, CodecId.CF), dtype=layout.dtype, quality=quality,
-        provenance=max(info.header.provenance for info in infos),
+    header = ObjectHeader(
+        namespace_id=layout.namespace_id, chunk_hash=first.chunk_hash, part=part, tokens=first.tokens,
+        first_position=first.first_position, codec=_CODECS.get(quality, CodecId.CF), dtype=layout.dtype,
+        quality=quality, provenance=max(info.header.provenance for info in infos),
         flags=Flags.TAIL if first.tail else Flags(0), layers=part_layout.num_layers,
         raw_bytes=first.tokens * part_layout.bytes_per_token,
     )  # fmt: skip
+    return container.pack(_segments(objects, infos, max(1, quality.lossy_layers)), header)
 
 
 _CODECS = {Quality.RAW: CodecId.RAW, Quality.LOSSLESS: CodecId.LOSSLESS}

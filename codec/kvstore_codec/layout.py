@@ -183,6 +183,10 @@ class KVLayout:
         layer = LayerSpec(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim, rope=rope)
         return cls(model, revision, dtype, chunk_tokens, (layer,) * num_layers, partition or Partition())
 
+    def __hash__(self) -> int:
+        """Cheap after the first time, so that layouts can be keys of what is remembered."""
+        return hash(self.namespace_id)
+
     @property
     def num_layers(self) -> int:
         return len(self.layers)
@@ -215,6 +219,16 @@ class KVLayout:
             raise LayoutError("no such part", part=part, parts=self.partition.parts)
         if self.partition.parts == 1:
             return self
+        if part not in self._parts:
+            self._parts[part] = self._part_layout(part)
+        return self._parts[part]
+
+    @cached_property
+    def _parts(self) -> dict[int, KVLayout]:
+        """Of the parts that were asked for: every object of a part asks again."""
+        return {}
+
+    def _part_layout(self, part: int) -> KVLayout:
         per_group = len(self.layers) // self.partition.layer_groups
         first = part // self.partition.head_groups * per_group
         layers = tuple(

@@ -22,7 +22,8 @@ _PROBLEMS = (
     "a segment's step is out of range", "a segment has an impossible number of streams", "a stream exceeds its segment",
     "a segment has bytes left over", "an entropy coder's state is out of range", "an entropy-coded stream ends early",
     "an entropy-coded stream does not end where it should", "a segment names an unknown table",
-    "a segment holds an impossible exponent",
+    "a segment holds an impossible exponent", "a raw segment has the wrong length",
+    "segment checksum does not match",
 )  # fmt: skip
 _NOT_FINITE = len(_PROBLEMS) + 1
 

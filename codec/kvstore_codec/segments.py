@@ -7,6 +7,7 @@ rule binds the encoder only: a reader takes the grouping from the object's segme
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
@@ -48,14 +49,15 @@ class SegmentGroup(NamedTuple):
         return range(2 * self.layer_first + first, 2 * (self.layer_first + self.layer_count), step)
 
 
-def segment_groups(layout: KVLayout, tokens: int) -> list[SegmentGroup]:
+@functools.lru_cache(256)
+def segment_groups(layout: KVLayout, tokens: int) -> tuple[SegmentGroup, ...]:
     """The encoder's grouping for a chunk of `tokens` tokens, in payload order. Recurrent state, which is always exact,
     never shares a segment with anything else."""
-    groups = []
+    groups: list[SegmentGroup] = []
     for state, run in itertools.groupby(range(layout.num_layers), lambda layer: is_state(layout, layer)):
         layers = list(run)
         groups += _groups(layout, tokens, layers[0], len(layers), state)
-    return groups
+    return tuple(groups)
 
 
 def is_state(layout: KVLayout, layer: int) -> bool:

@@ -1,44 +1,26 @@
-// Python bindings: the only file that knows of Python. Checks types and shapes, releases the GIL, calls the core.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
+// Python bindings: with bind_raw.cpp, the only files that know of Python. Check types and shapes, release the GIL, call the core.
+#include "bind_planes.hpp"
+
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
-#include <nanobind/stl/variant.h>
-#include <nanobind/stl/vector.h>
 
 #include <optional>
 #include <string>
-#include <tuple>
-#include <utility>
-#include <variant>
 
 #include "lossless.hpp"
 #include "lossy.hpp"
 #include "parallel.hpp"
 
-namespace nb = nanobind;
-using namespace kvstore;
-
 namespace {
 
-// Read-only, since encoders take what they are given; decoders are handed writable memory by arrays.planes_to_write.
-using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
 using FloatTable = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using FloatArray = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U8Array = nb::ndarray<const u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U16Array = nb::ndarray<const u16, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U16Table = nb::ndarray<const u16, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using I32Table = nb::ndarray<const i32, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using I64Array = nb::ndarray<const i64, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using DoubleArray = nb::ndarray<const double, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Payload = nb::ndarray<const u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Rotations = std::optional<std::tuple<FloatTable, FloatTable, bool>>;
-// (pages [blocks, page tokens, heads, dim], block ids, tokens, first token)
-using PagedArgument = std::tuple<AnyArray, I64Array, std::size_t, std::size_t>;
-// bits [tokens, heads, dim], or the same in pages
-using PlaneArgument = std::variant<AnyArray, PagedArgument>;
 // (plane, rotation, step factor)
 using CodedArgument = std::tuple<PlaneArgument, Rotations, double>;
 // (mean, weight, basis, scale ids)
@@ -77,41 +59,6 @@ std::pair<std::string, nb::object> view_bits(nb::ndarray<nb::device::cpu> array)
     return {name, nb::cast(view)};
 }
 
-PlaneView plane_view(const PlaneArgument& argument, Dtype dtype) {
-    const PagedArgument* const pages = std::get_if<PagedArgument>(&argument);
-    const AnyArray& array = pages ? std::get<0>(*pages) : std::get<AnyArray>(argument);
-    const std::size_t axes = pages ? 4 : 3;
-    if (array.ndim() != axes || array.itemsize() != element_bytes(dtype))
-        throw nb::value_error("a plane must be [tokens, heads, dim], or [blocks, page tokens, heads, dim], in the dtype given");
-    const auto stride = [&](std::size_t axis) {
-        return static_cast<std::ptrdiff_t>(array.stride(axis)) * static_cast<std::ptrdiff_t>(array.itemsize());
-    };
-    PlaneView plane;
-    plane.data = static_cast<u8*>(const_cast<void*>(array.data()));
-    plane.heads = array.shape(axes - 2);
-    plane.dim = array.shape(axes - 1);
-    plane.token_stride = stride(axes - 3);
-    plane.head_stride = stride(axes - 2);
-    plane.dim_stride = stride(axes - 1);
-    plane.tokens = array.shape(0);
-    if (pages) {
-        const auto& [_, block_ids, tokens, first_token] = *pages;
-        plane.tokens = tokens;
-        plane.first_token = first_token;
-        plane.pages = block_ids.data();
-        plane.page_tokens = array.shape(1);
-        plane.page_stride = stride(0);
-        const bool fits = tokens <= 0xFFFF && first_token <= block_ids.size() * plane.page_tokens &&
-                          tokens <= block_ids.size() * plane.page_tokens - first_token;
-        for (std::size_t i = 0; i < block_ids.size(); ++i)
-            if (block_ids.data()[i] < 0 || static_cast<std::size_t>(block_ids.data()[i]) >= array.shape(0) || !fits)
-                throw nb::value_error("block ids must name pages, enough for the tokens");
-        if (!fits) throw nb::value_error("block ids must name pages, enough for the tokens");
-    }
-    if (plane.tokens == 0 || plane.tokens > 0xFFFF) throw nb::value_error("a plane has 1 to 65535 tokens");
-    return plane;
-}
-
 void check_same_tokens(std::span<const PlaneView> planes, std::size_t sinks) {
     if (planes.empty()) throw nb::value_error("a segment has at least one plane");
     for (const PlaneView& plane : planes)
@@ -121,7 +68,7 @@ void check_same_tokens(std::span<const PlaneView> planes, std::size_t sinks) {
 
 std::vector<PlaneView> plane_views(const std::vector<PlaneArgument>& arguments, Dtype dtype) {
     std::vector<PlaneView> planes;
-    for (const PlaneArgument& argument : arguments) planes.push_back(plane_view(argument, dtype));
+    for (const PlaneArgument& argument : arguments) planes.push_back(plane_view(argument, element_bytes(dtype)));
     check_same_tokens(planes, 0);
     return planes;
 }
@@ -137,7 +84,7 @@ void hold(const SegmentArgument& argument, std::size_t sinks, Dtype dtype, HeldS
     const auto& [planes, drains, profile, step_quarters] = argument;
     std::vector<PlaneView> views;
     for (const auto& [plane, rotation, step_factor] : planes) {
-        CodedPlane coded{plane_view(plane, dtype), {}, step_factor};
+        CodedPlane coded{plane_view(plane, element_bytes(dtype)), {}, step_factor};
         if (rotation) {
             const auto& [cos, sin, interleaved] = *rotation;
             if (cos.shape(0) != coded.plane.tokens || sin.shape(0) != cos.shape(0) || cos.shape(1) != sin.shape(1) ||
@@ -183,12 +130,6 @@ Status worst_of(std::span<const Status> statuses) {
     return Status::ok;
 }
 
-const Kernels& kernels_or_throw(int isa) {
-    const Kernels* kernels = isa >= 0 && isa <= static_cast<int>(Isa::avx512) ? kernels_for(static_cast<Isa>(isa)) : nullptr;
-    if (kernels == nullptr) throw nb::value_error("this CPU, or this build, lacks the instruction set");
-    return *kernels;
-}
-
 // Names of the instruction sets that can be used, by number; the last is the best.
 std::vector<std::pair<int, std::string>> instruction_sets() {
     std::vector<std::pair<int, std::string>> found;
@@ -224,7 +165,7 @@ class Coder {
         for (std::size_t g = 0; g < groups.size(); ++g) {
             std::vector<PlaneView> views;
             for (const auto& [k, v] : groups[g]) {
-                layers[g].push_back({plane_view(k, type), plane_view(v, type)});
+                layers[g].push_back({plane_view(k, element_bytes(type)), plane_view(v, element_bytes(type))});
                 views.push_back(layers[g].back().k);
                 views.push_back(layers[g].back().v);
             }
@@ -368,4 +309,5 @@ NB_MODULE(_native, m) {
         .def("encode_lossless", &Coder::encode_lossless, nb::arg("segments"), nb::arg("dtype"), nb::arg("threads"))
         .def("decode_lossless", &Coder::decode_lossless, nb::arg("segments"), nb::arg("payloads"), nb::arg("dtype"),
              nb::arg("threads"), "status; writes the planes");
+    bind_raw(m);
 }

@@ -44,6 +44,8 @@ enum class Status : int {
     stream_end,
     unknown_table,
     impossible_exponent,
+    raw_length,
+    checksum,
     not_finite,
 };
 

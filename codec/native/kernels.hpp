@@ -96,6 +96,9 @@ struct EncodeDigitJob {
 inline constexpr int kTile = kLanes * static_cast<int>(kWindow);
 inline constexpr float kValueLimit = 32760;  // on the finest grid: 16 bits, and its thirds refine to no more
 
+// What a large copy does: stores around the caches spare reading memory that is about to be overwritten.
+enum class Stores { cached, around_caches };
+
 struct Kernels {
     const char* name;
     bool compares;  // whether `decode_values` makes use of near symbols
@@ -131,7 +134,17 @@ struct Kernels {
     // A window of rows: dequantised, as bfloat16; of keys, rotated by head in pairs (i, i + pairs) before.
     void (*restore_bfloat16)(const RowWindow& window, std::size_t count, const GridView& grid);
     void (*restore_rotated_bfloat16)(const RowWindow& window, std::size_t heads, std::size_t pairs, const GridView& grid);
+
+    // `blocks` blocks of 1024 bytes into the 8 lanes of XXH3 (xxh3.hpp); copies them to `to` if it is not null.
+    void (*hash_blocks)(u64* lanes, const u8* from, std::size_t blocks, u8* to, Stores stores);
 };
+
+namespace scalar {
+void hash_blocks(u64* lanes, const u8* from, std::size_t blocks, u8* to, Stores stores);
+}
+namespace avx2 {
+void hash_blocks(u64* lanes, const u8* from, std::size_t blocks, u8* to, Stores stores);
+}
 
 enum class Isa : int { scalar = 0, avx2, avx512 };
 

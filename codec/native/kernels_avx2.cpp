@@ -541,7 +541,7 @@ const Kernels* avx2_kernels() {
     static constexpr Kernels table{"avx2", false, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
-                                   restore_bfloat16, restore_rotated_bfloat16};
+                                   restore_bfloat16, restore_rotated_bfloat16, hash_blocks};
     const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt") &&
                            __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
     return supported ? &table : nullptr;

@@ -566,7 +566,7 @@ const Kernels* avx512_kernels() {
     static constexpr Kernels plain{"avx512", true, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
-                                   restore_bfloat16_wide<false>, restore_rotated_bfloat16_wide<false>};
+                                   restore_bfloat16_wide<false>, restore_rotated_bfloat16_wide<false>, avx2::hash_blocks};
     static constexpr Kernels native = [] {
         Kernels table = plain;
         table.restore_bfloat16 = restore_bfloat16_wide<true>;

@@ -135,7 +135,7 @@ const Kernels* scalar_kernels() {
     static constexpr Kernels table{"scalar", false, decode_values, decode_digits, encode_values, encode_digits, coarsen, transpose,
                                    bfloat16_to_float, float_to_bfloat16, dequantise, quantise, rotate, accumulate, below,
                                    energy, join_bfloat16, split_bfloat16,
-                                   restore_bfloat16, restore_rotated_bfloat16};
+                                   restore_bfloat16, restore_rotated_bfloat16, hash_blocks};
     return &table;
 }
 

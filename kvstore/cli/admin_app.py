@@ -139,7 +139,6 @@ def doctor(
     target: Annotated[
         str | None, typer.Option("--target", envvar="KVSTORE_TARGET", help="A running node to look at, too.")
     ] = None,
-    metrics: Annotated[str | None, typer.Option("--metrics", help="URL of its metrics: compares its clock.")] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this check; may be repeated.")] = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
@@ -147,4 +146,4 @@ def doctor(
     """Check this machine and what a node on it needs; exit code 1 if a check fails. KVSTORE_* count as for serve."""
     from kvstore.cli import doctor as command
 
-    command.doctor(config, target, metrics, only or [], json, deadline)
+    command.doctor(config, target, only or [], json, deadline)

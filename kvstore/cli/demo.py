@@ -50,6 +50,8 @@ def demo(cache: Path, json_path: Path | None, as_json: bool) -> ExitCode:
 
 
 def _print(report: dict[str, Any]) -> None:
+    from kvstore.demo.live import in_words
+
     rows = dict(report["rows"])
     recompute_s = rows.pop("recompute")["ttft_seconds"]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
@@ -68,12 +70,14 @@ def _print(report: dict[str, Any]) -> None:
             "0" if row["mean_kl"] == 0 else f"{row['mean_kl']:.1e}",
         )  # fmt: skip
     print_table(table)
-    again = report["after_restart"]
+    live, again = report["live"], report["after_restart"]
     restored = sum(row["tokens"] > 0 for row in again["rows"].values())
     print(
         f"{report['prompt_tokens']} prompt tokens. TTFT: prompt to first token, median; the rest is computed.\n"
         "greedy: tokens like those of the run without the store, up to the first that differs.\n"
         "mean KL: of next-token distributions, in float32.\n"
+        f"Streaming, while a prefill of {live['prompt_tokens']} tokens took {live['prefill_seconds']:.2f} s: "
+        f"{in_words(live)}.\n"
         f"After kill -9 and restart: {again['objects']} objects on disk, {restored} of {len(again['rows'])} qualities "
         f"restored.\nWhile the node was dead: a miss after {report['while_down']['seconds']:.3f} s, and "
         f"{report['while_down']['sidecar']['tokens']} tokens from the sidecar in "

@@ -46,15 +46,13 @@ CHECKS: dict[str, Callable[[Subject], Iterable[Finding]]] = {
 }
 
 
-def doctor(
-    config_path: Path | None, target: str | None, metrics: str | None, only: list[str], as_json: bool, deadline_s: float
-) -> None:
+def doctor(config_path: Path | None, target: str | None, only: list[str], as_json: bool, deadline_s: float) -> None:
     """Ends with exit code 1 if a check fails. Raises ConfigError, CommandFailed for a check that there is not."""
     unknown = [name for name in only if name not in CHECKS]
     if unknown:
         raise CommandFailed(f"--only {unknown[0]}: must be one of {', '.join(CHECKS)}", ExitCode.USAGE)
     config = load_config(config_path, {}, os.environ)
-    subject = Subject(config, target, metrics, deadline_s)
+    subject = Subject(config, target, deadline_s)
     # Without a target there need be no node; `listen` tells whether the one that is configured so runs.
     chosen = [name for name in CHECKS if (name in only if only else name != "node" or target is not None)]
     found = ((name, finding) for name in chosen for finding in CHECKS[name](subject))

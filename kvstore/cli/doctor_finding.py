@@ -25,11 +25,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked. `target`: a running node to look at; `metrics`: URL of its metrics; both where given."""
+    """What is checked. `target`: a running node to look at, where one is given."""
 
     config: NodeConfig
     target: str | None
-    metrics: str | None
     deadline_s: float
 
 

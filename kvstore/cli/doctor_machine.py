@@ -14,9 +14,8 @@ import psutil
 
 from kvstore.cli import render
 from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
-from kvstore.cli.doctor_network import running_node
+from kvstore.cli.doctor_network import ask, running_node
 from kvstore.cli.outcome import CommandFailed
-from kvstore.cli.scrape import scrape
 from kvstore.errors import ConfigError
 from kvstore.service.server import RPCS_MAX
 from kvstore.tiers.arena import SPARE_BYTES_MIN, SPARE_PART
@@ -30,7 +29,7 @@ _CGROUPS = (  # version 2, version 1: limit, used
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
 )
 _TIME_ERROR = 5  # sys/timex.h: the clock is not synchronised
-SKEW_S_MAX = 1.0  # what an HTTP date can tell
+SKEW_S_MAX = 1.0
 
 
 def check_cpu(subject: Subject) -> Iterator[Finding]:
@@ -82,25 +81,30 @@ def check_clock(subject: Subject) -> Iterator[Finding]:
         yield ok("the kernel says that the clock is synchronised")
     else:
         yield warn("the kernel does not say that the clock is synchronised", "run chrony or another NTP client")
-    url = subject.metrics
-    if url is None:
-        return
+    for target in dict.fromkeys([*([subject.target] if subject.target else []), *subject.config.upstream_seeds]):
+        yield _skew(target, subject.deadline_s)
+
+
+def _skew(target: str, deadline_s: float) -> Finding:
+    """How far a node's clock is off this machine's, as far as the time that its answer took can tell."""
+    began_s = _now_s()
     try:
-        began_s = time.time()
-        theirs_s = scrape(url, subject.deadline_s).clock_s
-        ended_s = time.time()
+        theirs_s = ask(target, deadline_s)[1].unix_seconds
     except CommandFailed as error:
-        yield warn(f"the node's clock: {error}", "pass the URL of its ready line as --metrics")
-        return
-    if theirs_s is None:
-        yield warn(f"{url} does not say the time", "ask the node itself, not a proxy")
-        return
-    # It said whole seconds, some time between the request and its end.
-    skew_s = max(0.0, began_s - (theirs_s + 1), theirs_s - ended_s)
+        return warn(f"the clock of {target}: {error}", "start the node, or correct the address")
+    ended_s = _now_s()
+    if not theirs_s:
+        return warn(f"{target} does not say the time", "install the same version on both sides")
+    skew_s = max(0.0, began_s - theirs_s, theirs_s - ended_s)
     if skew_s > SKEW_S_MAX:
-        yield warn(f"the node's clock is {skew_s:.0f} s off ours", "run an NTP client on both: log lines do not match")
-    else:
-        yield ok(f"the node's clock is within {skew_s + 1:.0f} s of ours")
+        return warn(
+            f"the clock of {target} is {skew_s:.1f} s off ours", "run an NTP client on both: log lines do not match"
+        )
+    return ok(f"the clock of {target} is within {skew_s + ended_s - began_s:.2f} s of ours")
+
+
+def _now_s() -> float:
+    return time.time()
 
 
 def _cpu_name() -> str:

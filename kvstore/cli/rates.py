@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,9 +39,12 @@ class Rates:
         return self._count(*labels) / self.seconds if self.seconds > 0 else 0.0
 
     def by_last_label(self, name: str) -> dict[str, float]:
-        """Events per second of a counter with one label."""
-        names = [each for each in self._counts if each.startswith(f"{name}.")]
-        return {each.rpartition(".")[2]: self.rate(*each.split(".")) for each in sorted(names)}
+        """Events per second of a counter by its last label, those of its other labels together."""
+        found: defaultdict[str, float] = defaultdict(float)
+        for each in sorted(self._counts):
+            if each.startswith(f"{name}."):
+                found[each.rpartition(".")[2]] += self.rate(*each.split("."))
+        return dict(found)
 
     @property
     def hit_ratio(self) -> float | None:

@@ -1,8 +1,7 @@
-"""What only a node's Prometheus endpoint tells: latencies, queues, the states of its tiers, its clock."""
+"""What only a node's Prometheus endpoint tells: latencies, queues, the states of its tiers."""
 
 from __future__ import annotations
 
-import email.utils
 import http.client
 import urllib.error
 import urllib.request
@@ -19,13 +18,11 @@ _QUEUES = {tier: f"kvstore_{tier}_queue_bytes" for tier in ("disk", "redis", "up
 
 @dataclass(frozen=True)
 class Scrape:
-    """`buckets`: operation → upper bound, seconds → how many took at most that long since the node's start.
-    `clock_s`: the node's clock, Unix time in whole seconds; None where it did not say."""
+    """`buckets`: operation → upper bound, seconds → how many took at most that long since the node's start."""
 
     buckets: dict[str, dict[float, float]]
     queue_bytes: dict[str, float]
     states: dict[str, str]
-    clock_s: float | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,6 @@ def scrape(url: str, timeout_s: float) -> Scrape:
     try:
         with urllib.request.urlopen(url, timeout=timeout_s) as response:  # noqa: S310 - the scheme was checked
             text = response.read().decode()
-            date = response.headers.get("Date")
         families = list(text_string_to_metric_families(text))
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = " ".join(str(getattr(error, "reason", error)).split())
@@ -62,7 +58,7 @@ def scrape(url: str, timeout_s: float) -> Scrape:
         elif not sample.labels:
             gauges[sample.name] = sample.value
     queues = {tier: gauges[name] for tier, name in _QUEUES.items() if name in gauges}
-    return Scrape(dict(buckets), queues, states, _unix_time(date))
+    return Scrape(dict(buckets), queues, states)
 
 
 def latencies(before: Scrape | None, after: Scrape) -> dict[str, Latency]:
@@ -88,10 +84,3 @@ def _quantile(counts: dict[float, float], q: float) -> float:
             return low_s + (bound_s - low_s) * ((rank - below) / (count - below) if count > below else 1.0)
         low_s, below = bound_s, count
     return low_s
-
-
-def _unix_time(date: str | None) -> float | None:
-    try:
-        return None if date is None else email.utils.parsedate_to_datetime(date).timestamp()
-    except ValueError:
-        return None

@@ -20,7 +20,7 @@ import torch
 from prometheus_client import CollectorRegistry
 from transformers import DynamicCache
 
-from kvstore.demo import prompt
+from kvstore.demo import live, prompt
 from kvstore.demo.model import load
 from kvstore.demo.worker import progress, serve
 from kvstore_client import Client, KvClientError
@@ -41,6 +41,7 @@ class Decoder:
         self._model_float32 = copy.deepcopy(self._model).float()
         self._tokens = prompt.prompt_tokens(tokenizer)
         self._detokenise = tokenizer.decode
+        self._live_logits: Any = None
         self._layout = layout_for(self._model, chunk_tokens=prompt.CHUNK_TOKENS)
         self._registry = CollectorRegistry()
         self._client = Client(sidecar, deadline=GET_DEADLINE_S, registry=self._registry)
@@ -72,6 +73,21 @@ class Decoder:
         for quality, seconds in self._timings().items():
             rows.setdefault(quality, {})["ttft_seconds"] = seconds
         return {"rows": rows, "continuation": self._detokenise(expected), "continuation_tokens": len(expected)}
+
+    def compute_live(self) -> dict[str, Any]:
+        """The logits that `follow_live` must find: of the same tokens in the same two pieces, without a store."""
+        tokens = live.streamed_part(self._tokens)
+        past = returned_cache(self._model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1))
+        past.crop(-1)
+        ids = torch.tensor([tokens[-1:]])
+        self._live_logits = self._model(ids, **passed_cache(self._model, past), logits_to_keep=1).logits[0, -1]
+        return {}
+
+    def follow_live(self) -> dict[str, Any]:
+        """From the node itself: a sidecar has what is stored, not what is being written."""
+        tokens = live.streamed_part(self._tokens)
+        followed, logits = live.follow(self._model, live.store_of(self._node, self._layout), tokens)
+        return {**followed, "same_logits": torch.equal(logits, self._live_logits)}
 
     def get_all(self) -> dict[str, Any]:
         """What each quality restores from the node now, or as soon as it answers: tokens and a digest of the KV."""
@@ -188,7 +204,10 @@ def start(targets: Sequence[str], cache: Path) -> Mapping[str, Callable[[], dict
     """`targets`: the sidecar, and the node upstream of it."""
     sidecar, node = targets
     decoder = Decoder(sidecar, node, cache)
-    return {"measure": decoder.measure, "get_all": decoder.get_all, "get_while_down": decoder.get_while_down}
+    return {
+        "compute_live": decoder.compute_live, "follow_live": decoder.follow_live, "measure": decoder.measure,
+        "get_all": decoder.get_all, "get_while_down": decoder.get_while_down,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The prefill worker: runs the model over the prompt and puts its KV at every quality."""
+"""The prefill worker: runs the model over the prompt and puts its KV at every quality, then again layer by layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvstore.demo import prompt
+from kvstore.demo import live, prompt
 from kvstore.demo.model import load
 from kvstore.demo.worker import progress, serve
 from kvstore_client import Client
@@ -45,7 +45,14 @@ def start(targets: Sequence[str], cache: Path) -> Mapping[str, Callable[[], dict
                 }  # fmt: skip
         return {"prompt_tokens": len(tokens), "prefill_seconds": prefill_s, "puts": puts}
 
-    return {"put": put}
+    def put_live() -> dict[str, Any]:
+        with Client(target, strict=True) as client:
+            written = live.write(model, live.store_of(client, layout), live.streamed_part(tokens))
+        seconds = written["computed"] - written["began"]
+        progress(f"prefill: {len(written['layers'])} layers written as they were computed, in {seconds:.2f} s")
+        return written
+
+    return {"put": put, "put_live": put_live}
 
 
 if __name__ == "__main__":

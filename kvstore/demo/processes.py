@@ -39,6 +39,8 @@ class Process:
     def __init__(self, name: str, arguments: Sequence[str], log_path: Path, *, asked: bool = False) -> None:
         self._name, self._log_path = name, log_path
         environment = {key: value for key, value in os.environ.items() if not key.startswith("KVSTORE_")}
+        # Two workers compute at once: a thread of torch's that waits for another must leave it the core.
+        environment.setdefault("OMP_WAIT_POLICY", "passive")
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],

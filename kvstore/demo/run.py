@@ -1,4 +1,4 @@
-"""The demo from start to end: node, prefill, decode, kill -9, restart, fetch again; and what must hold of it.
+"""The demo from start to end: node, prefill, streaming, decode, kill -9, restart, fetch again; what must hold of it.
 
 The decode worker reads through a sidecar, whose cache outlives the node.
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from kvstore.demo import prompt
+from kvstore.demo import live, prompt
 from kvstore.demo.model import NAME, model_folder
-from kvstore.demo.processes import free_port, start_node, start_sidecar, start_worker
+from kvstore.demo.processes import Process, free_port, start_node, start_sidecar, start_worker
 
 EXACT = ("raw", "lossless")
 
@@ -36,6 +37,7 @@ def run(cache: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
                 with start_worker("prefill", [address], cache, folder) as prefill:
                     on_progress(f"prefill: pid {prefill.pid} loads the model")
                     put = prefill.ask("put", on_progress)
+                    streamed = _stream(prefill, decode, on_progress)
                 on_progress(f"decode: pid {decode.pid} continues from what another process computed")
                 measured = decode.ask("measure", on_progress)
                 node.kill()
@@ -49,13 +51,30 @@ def run(cache: Path, on_progress: Callable[[str], None]) -> dict[str, Any]:
                 again = decode.ask("get_all", on_progress)
         finally:
             node.kill()
-    report = {**put, **measured, "while_down": down, "after_restart": {"objects": ready["objects"], "rows": again}}
+    report = {
+        **put,
+        **measured,
+        "live": streamed,
+        "while_down": down,
+        "after_restart": {"objects": ready["objects"], "rows": again},
+    }
     return {**report, "problems": problems(report)}
+
+
+def _stream(prefill: Process, decode: Process, on_progress: Callable[[str], None]) -> dict[str, Any]:
+    """Both workers at once: one computes and writes, the other takes in."""
+    decode.ask("compute_live", on_progress)
+    with ThreadPoolExecutor(1) as threads:
+        following = threads.submit(decode.ask, "follow_live", on_progress)
+        written = prefill.ask("put_live", on_progress)
+        streamed = live.account(written, following.result())
+    on_progress(f"decode: {live.in_words(streamed)}")
+    return streamed
 
 
 def problems(report: dict[str, Any]) -> list[str]:
     """What did not hold of a demo's measurements, one line each."""
-    found = []
+    found = live.problems(report["live"])
     expected = report["prompt_tokens"] // prompt.CHUNK_TOKENS * prompt.CHUNK_TOKENS
     rows, again = report["rows"], report["after_restart"]["rows"]
     for stored, put in report["puts"].items():

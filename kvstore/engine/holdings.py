@@ -7,7 +7,7 @@ back. An object is written to memory and, behind it, to disk; what is on its way
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, TypeVar
 
@@ -51,7 +51,11 @@ class Holdings:
         capacity = max(tier.capacity_bytes for tier in self.tiers)
         self.pins = Pins(soft_bytes_max=int(soft_pin_share * capacity), hard_bytes_max=int(hard_pin_share * capacity))
         self.index = Index(
-            ("host", "disk"), policy, floor=floor, is_held=lambda row: self.leases.holds(row), on_forget=self._forget
+            ("host", "disk"),
+            policy,
+            floor=floor,
+            is_held=lambda row: self.leases.holds(row),
+            on_forget=self.pins.forget,
         )
         self.leases = Leases(self.index.columns)
         self._metrics, self._clock = metrics, clock
@@ -76,6 +80,23 @@ class Holdings:
             if data is not None or not entry.held or entry.version == version:
                 return data
         return None
+
+    def read_at_once(self, keys: Sequence[ObjectKey], quality: Quality, bytes_max: float) -> list[memoryview]:
+        """`read` of the first keys, all of one namespace and part, up to what memory alone does not answer, and to
+        about `bytes_max`: a whole chain for little more than one object."""
+        if not keys:
+            return []
+        index = self.index
+        rows = index.prefix(keys[0].namespace_id, [key.chunk_hash for key in keys], keys[0].part)
+        lengths, qualities = index.readable(rows, quality, "host")
+        found = self.host.read_many(keys, lengths, bytes_max)
+        rows = rows[: len(found)]
+        index.count_reads(rows)
+        self._metrics.count_reads("host", qualities[: len(found)], lengths[: len(found)])
+        if self._admission is not None:
+            for row in rows.tolist():
+                self.used_again(Entry(index, row))
+        return found
 
     async def read_checked(self, entry: Entry, tier: str, length: int) -> memoryview | None:
         """The first `length` bytes from one tier, every checksum compared; None where it cannot be read, or changed
@@ -272,10 +293,6 @@ class Holdings:
         admitted = self._admission.admit(key)
         self._metrics.admissions.labels("written" if admitted else "held_back").inc()
         return admitted
-
-    def _forget(self, row: int) -> None:
-        self.leases.forget(row)
-        self.pins.forget(row)
 
     def _load(self, disk: DiskTier) -> None:
         now_s = self._clock()

@@ -107,3 +107,4 @@ class NodeStat:
     tiers: list[TierStat]
     counters: dict[str, int]
     upstreams: list[UpstreamStat]
+    unix_seconds: float  # the machine's clock

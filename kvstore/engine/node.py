@@ -155,6 +155,12 @@ class Node:
             self._metrics.reads.labels("none").inc()
         return data
 
+    def read_at_once(self, keys: Sequence[ObjectKey], quality: Quality, bytes_max: float) -> list[memoryview]:
+        """`read` of the first keys, of one namespace and part, up to what memory does not hold, and to about
+        `bytes_max`."""
+        with self._metrics.seconds.labels("read").time():
+            return self._holdings.read_at_once(keys, quality, bytes_max)
+
     async def read_chain(
         self, keys: Sequence[ObjectKey], quality: Quality, first_chunk: bytes = b"", start: int = 0
     ) -> AsyncGenerator[memoryview, None]:  # fmt: skip
@@ -312,6 +318,7 @@ class Node:
             tiers=[TierStat(tier.name, tier.objects, tier.used_bytes, tier.capacity_bytes) for tier in tiers],
             counters=self._metrics.snapshot(),
             upstreams=self._upstream.states() if self._upstream is not None else [],
+            unix_seconds=time.time(),
         )
 
     async def aclose(self) -> None:

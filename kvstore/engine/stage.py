@@ -23,8 +23,9 @@ class Stage:
     """Holds a reservation of `reserved_bytes`, which `close` gives back, once.
 
     `allocate`: memory's room for one of `offers`, by its index, or a buffer; `release`: gives back such room. Only
-    the event loop's thread calls its methods; what `buffer` returns may be written by another, until `take` or
-    `close`. `first_chunk`: hash of the prompt's first chunk; empty: it is the first that is offered."""
+    the event loop's thread calls its methods; what `buffer` and `room` return may be written by another, until `take`
+    or `close` (what is written later hits nothing else). `first_chunk`: hash of the prompt's first chunk; empty: it is
+    the first that is offered."""
 
     def __init__(
         self, layout: KVLayout, part: int, offers: Sequence[Offer], verdicts: Sequence[Verdict],
@@ -49,15 +50,21 @@ class Stage:
         """A put does not make room for its later chunks at the cost of its first: they would be dead weight."""
         return entry.key not in self._chain
 
-    def write(self, index: int, offset: int, data: bytes | memoryview) -> None:
-        """The next piece of a wanted object. Raises InvalidRequest when it is unwanted, out of order or too long."""
+    def room(self, index: int, offset: int, size: int) -> memoryview:
+        """Where the next piece of a wanted object goes, of `size` bytes: it counts as there, and is to be written
+        before the commit. Raises InvalidRequest when it is unwanted, out of order or too long."""
         received = self._received.get(index)
         if received is None:
             raise InvalidRequest("a piece of an object that was not wanted", index=index)
-        if offset != received or offset + len(data) > self.offers[index].object_bytes:
+        if offset != received or offset + size > self.offers[index].object_bytes:
             raise InvalidRequest("a piece out of order or too long", index=index, offset=offset, expected=received)
-        self.buffer(index)[offset : offset + len(data)] = data
-        self._received[index] += len(data)
+        room = self.buffer(index)[offset : offset + size]
+        self._received[index] += size
+        return room
+
+    def write(self, index: int, offset: int, data: bytes | memoryview) -> None:
+        """The same, and writes it."""
+        self.room(index, offset, len(data))[:] = data
 
     def buffer(self, index: int) -> memoryview:
         """Where the bytes of a wanted object go, all of them. Raises InvalidRequest."""

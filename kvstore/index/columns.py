@@ -27,6 +27,7 @@ ROW = np.dtype([
     ("version", np.uint32),  # counts changes of what is held, whatever object the row was for
     ("birth", np.uint32),  # counts the objects that the row was for
     ("reads", np.uint32),
+    ("leases", np.uint32),  # that hold it
     ("last_use", np.uint64),  # which of the index's uses was the last
     ("last_use_s", np.float64),
     ("retain_until_s", np.float64),

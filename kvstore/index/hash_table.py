@@ -21,6 +21,7 @@ _FIRST_PLACES = 1 << 11
 _FULL = 0.6  # of the places taken, objects that are gone included
 _WORD = np.dtype("<u8")
 _WORDS = 4  # in a hash
+_FOUR_BOOLS, _FOUR_TRUE = np.uint32, np.uint32(0x01010101)
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: groups that follow each other start far apart
 
@@ -49,9 +50,10 @@ class HashTable:
         found = np.full(len(hashes), _EMPTY, np.int64)
         asked = np.arange(len(hashes))
         places = self._places(group, hashes)
-        while len(asked):
-            rows = self._rows[places]
-            same = (rows >= 0) & (groups[rows] == group) & (stored[rows] == hashes[asked]).all(axis=1)
+        while len(asked):  # `take` is several times as fast as an index, and so is one comparison of all four words
+            rows = self._rows.take(places)
+            equal = (stored.take(rows, axis=0) == hashes.take(asked, axis=0)).view(_FOUR_BOOLS).ravel() == _FOUR_TRUE
+            same = (rows >= 0) & (groups.take(rows) == group) & equal
             found[asked[same]] = rows[same]
             further = ~same & (rows != _EMPTY)
             asked, places = asked[further], (places[further] + 1) & self._mask

@@ -45,7 +45,7 @@ class PrefixState(NamedTuple):
 class Index:
     def __init__(
         self, tiers: Sequence[str], policy: NewPolicy, *, floor: Quality | None = None,
-        is_held: Callable[[int], bool] = lambda _: False, on_forget: Callable[[int], None] = lambda _: None,
+        is_held: Callable[[int], bool] = lambda _: False, on_forget: Callable[[int], object] = lambda _: None,
     ) -> None:  # fmt: skip
         """`tiers`: names, fastest first. `floor`: quality below which nothing is shrunk; None: nothing is.
         `is_held`: whether a row must not go. `on_forget`: told of rows that did."""
@@ -174,15 +174,30 @@ class Index:
     def state(self, rows: Rows) -> PrefixState:
         """What a lookup tells of a prefix, as columns."""
         columns = self.columns
-        layers = np.stack([order.layers[rows] for order in self._orders.values()])
+        layers = np.array([order.layers.take(rows) for order in self._orders.values()])
         best = layers.max(axis=0)
         fastest = (layers == best).argmax(axis=0)  # the first of those that hold as much
         return PrefixState(
-            columns["tokens"][rows].tolist(),
-            (columns["quality"][rows] + columns["whole_layers"][rows] - best).tolist(),
-            columns["provenance"][rows].tolist(), columns["layer_bytes"][rows, best - 1].tolist(),
+            columns["tokens"].take(rows).tolist(),
+            (columns["quality"].take(rows) + columns["whole_layers"].take(rows) - best).tolist(),
+            columns["provenance"].take(rows).tolist(), columns["layer_bytes"][rows, best - 1].tolist(),
             [self.tiers[number] for number in fastest.tolist()],
         )  # fmt: skip
+
+    def readable(self, rows: Rows, quality: int, tier: str) -> tuple[list[int], list[Quality]]:
+        """(bytes, quality) that a read at `quality` gives of each, up to the first that `tier` holds less of than
+        another does."""
+        columns = self.columns
+        stored, whole = columns["quality"][rows].astype(np.int64), columns["whole_layers"][rows].astype(np.int64)
+        best = np.stack([order.layers[rows] for order in self._orders.values()]).max(axis=0)
+        layers = np.minimum(np.maximum(whole - np.maximum(quality - stored, 0), 1), best)
+        lacking = self._orders[tier].layers[rows] < layers
+        end = int(lacking.argmax()) if lacking.any() else len(rows)
+        lengths = columns["layer_bytes"][rows[:end], layers[:end] - 1]
+        return lengths.tolist(), [Quality(each) for each in (stored + whole - layers)[:end].tolist()]
+
+    def count_reads(self, rows: Rows) -> None:
+        np.add.at(self.columns["reads"], rows, np.uint32(1))
 
     def touch(self, rows: Rows, now_s: float) -> None:
         """Marks a prefix as used now."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import heapq
 import secrets
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,19 +27,19 @@ class _Lease:
 
 
 class Leases:
-    """Counts how many leases hold a row. Expired ones are let go whenever the clock is shown."""
+    """Counts how many leases hold a row, in its column `leases`: one of thousands of rows is taken and let go in a few
+    steps. Expired ones are let go whenever the clock is shown; those of a row whose object is gone hold nothing."""
 
     def __init__(self, columns: Columns) -> None:
         self._columns = columns
         self._leases: dict[bytes, _Lease] = {}
         self._expiries: list[tuple[float, bytes]] = []  # also of leases that were renewed since
-        self._counts: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._leases)
 
     def holds(self, row: int) -> bool:
-        return row in self._counts
+        return bool(self._columns["leases"][row])
 
     def take(self, rows: Rows, now_s: float, lease_s: float) -> bytes:
         """A lease on `rows`, each named once, until now_s + lease_s; b"" where none is to be had."""
@@ -49,7 +48,7 @@ class Leases:
             return b""
         lease_id = secrets.token_bytes(LEASE_ID_BYTES)
         self._leases[lease_id] = _Lease(rows, self._columns["birth"][rows], now_s + lease_s)
-        self._counts.update(rows.tolist())
+        self._columns["leases"][rows] += np.uint32(1)
         heapq.heappush(self._expiries, (now_s + lease_s, lease_id))
         return lease_id
 
@@ -70,15 +69,8 @@ class Leases:
         if lease is None:
             return False
         same = self._columns["birth"][lease.rows] == lease.births
-        for row in lease.rows[same].tolist():
-            self._counts[row] -= 1
-            if not self._counts[row]:
-                del self._counts[row]
+        self._columns["leases"][lease.rows[same]] -= np.uint32(1)
         return True
-
-    def forget(self, row: int) -> None:
-        """The object of a row is gone, whatever held it."""
-        self._counts.pop(row, None)
 
     def expire(self, now_s: float) -> None:
         while self._expiries and self._expiries[0][0] <= now_s:

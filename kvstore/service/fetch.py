@@ -1,8 +1,8 @@
 """Fetch: stored objects as one ordered stream of pieces, paced by the reader.
 
-`context.write` returns when the transport took the piece, so a slow reader holds at most two objects here: the
-one on its way and the next, which is read from its tier meanwhile. A chunk that is not there ends the stream:
-what follows it could not be used as a prefix.
+`context.write` returns when the transport took the piece, so a slow reader holds little here: the object on its way and
+the next, which is read from its tier meanwhile; of what memory holds, two batches. A chunk that is not there ends the
+stream: what follows it could not be used as a prefix.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import grpc
 
 from kvstore.engine.node import Node
 from kvstore.service import requests
+from kvstore.service.chain import ChainReader
 from kvstore.service.idle import IdleLimit
 from kvstore.service.streams import StreamMetrics
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
+BATCH_BYTES = 4 << 20  # read at once, of what memory holds
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -26,18 +28,23 @@ async def fetch(
     node: Node, request: pb.FetchRequest, context: Context, *, stream_idle_s: float, metrics: StreamMetrics
 ) -> None:
     """Raises InvalidRequest, StreamStalled (the reader took nothing for `stream_idle_s`), and the node's errors."""
-    objects = node.read_chain(*requests.fetch(request))
-    upcoming = asyncio.ensure_future(anext(objects, None))
+    chain = ChainReader(node, *requests.fetch(request), BATCH_BYTES, 1, requests.held_bytes(request))
+    batch, index = chain.at_once(), 0
+    upcoming: asyncio.Future[list[memoryview]] | None = None
     try:
-        index = 0
-        while (stored := await upcoming) is not None:
-            upcoming = asyncio.ensure_future(anext(objects, None))
-            await _send(context, index, stored, stream_idle_s, metrics)
-            index += 1
+        while batch or not chain.is_read:
+            upcoming = None if chain.is_read else asyncio.ensure_future(chain.batch())
+            for stored in batch:
+                await _send(context, index, stored, stream_idle_s, metrics)
+                index += 1
+            batch = [] if upcoming is None else await upcoming
+            if not batch:
+                break
     finally:
-        upcoming.cancel()
-        await asyncio.wait([upcoming])
-        await objects.aclose()
+        if upcoming is not None:
+            upcoming.cancel()
+            await asyncio.wait([upcoming])
+        await chain.aclose()
 
 
 async def _send(context: Context, index: int, stored: memoryview, stream_idle_s: float, metrics: StreamMetrics) -> None:

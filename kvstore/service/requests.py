@@ -6,6 +6,11 @@ memory that one request can ask for; the messages themselves are bounded by `fra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
 from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey
 from kvstore_codec import Quality
@@ -40,7 +45,8 @@ def hashes(value: bytes) -> list[bytes]:
         raise InvalidRequest(f"chunk_hashes must be a multiple of {HASH_BYTES} bytes", bytes=len(value))
     if len(value) > HASHES_MAX * HASH_BYTES:
         raise InvalidRequest(f"at most {HASHES_MAX} chunk hashes a call", hashes=len(value) // HASH_BYTES)
-    return [value[at : at + HASH_BYTES] for at in range(0, len(value), HASH_BYTES)]
+    found: list[bytes] = np.frombuffer(value, f"V{HASH_BYTES}").tolist()  # a slice each takes eight times as long
+    return found
 
 
 def some_hashes(value: bytes) -> list[bytes]:
@@ -75,12 +81,40 @@ def first_chunk(value: bytes) -> bytes:
     return value
 
 
+class Lookup(NamedTuple):
+    """As `Node.find` takes it."""
+
+    namespace_id: bytes
+    hashes: list[bytes]
+    part: int
+    lease_ms: int
+    first_chunk: bytes
+
+    def keys(self) -> list[ObjectKey]:
+        return [ObjectKey(self.namespace_id, chunk_hash, self.part) for chunk_hash in self.hashes]
+
+
+def lookup(request: pb.LookupRequest) -> Lookup:
+    return Lookup(
+        namespace(request.namespace_id), hashes(request.chunk_hashes), part(request.part), request.lease_ms,
+        first_chunk(request.first_chunk_hash),
+    )  # fmt: skip
+
+
 def fetch(request: pb.FetchRequest) -> tuple[list[ObjectKey], Quality, bytes]:
     """The objects that a fetch names, in order, the best quality it wants of them, and the prompt's first chunk."""
     namespace_id, of_part = namespace(request.namespace_id), part(request.part)
     lease_id(request.lease_id)
     keys = [ObjectKey(namespace_id, chunk_hash, of_part) for chunk_hash in hashes(request.chunk_hashes)]
     return keys, quality(request.quality), first_chunk(request.first_chunk_hash)
+
+
+def held_bytes(request: pb.FetchRequest) -> Sequence[int]:
+    """What the reader has of each chunk of a fetch; empty: nothing of any."""
+    chunks = len(request.chunk_hashes) // HASH_BYTES
+    if request.held_bytes and len(request.held_bytes) != chunks:
+        raise InvalidRequest("held_bytes must say of each chunk", got=len(request.held_bytes), chunks=chunks)
+    return request.held_bytes
 
 
 def hash_prefix(value: bytes) -> bytes:

@@ -25,13 +25,7 @@ class StoreService(pb_grpc.StoreServicer):
         self._metrics = metrics
 
     async def Lookup(self, request: pb.LookupRequest, context: Context) -> pb.LookupResponse:  # noqa: N802
-        found = await self._node.find(
-            requests.namespace(request.namespace_id),
-            requests.hashes(request.chunk_hashes),
-            requests.part(request.part),
-            request.lease_ms,
-            requests.first_chunk(request.first_chunk_hash),
-        )
+        found = await self._node.find(*requests.lookup(request))
         return wire.lookup_response(found)
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:  # noqa: N802

@@ -104,4 +104,5 @@ def stat_response(stat: engine.NodeStat) -> pb.StatResponse:
         ],
         counters=stat.counters,
         upstreams=[pb.UpstreamStat(address=each.address, state=each.state) for each in stat.upstreams],
+        unix_seconds=stat.unix_seconds,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from kvstore.errors import TierFull
 from kvstore.index.entry import ObjectKey
@@ -139,6 +139,20 @@ class HostTier:
         with self._lock:
             block = self._blocks.get(key)
             return self._arena.view(block, length) if block is not None and block.length >= length else None
+
+    def read_many(self, keys: Sequence[ObjectKey], lengths: Sequence[int], bytes_max: float) -> list[memoryview]:
+        """`read` of each key that there is a length for, up to the first that is not here, and to the one with which
+        they have `bytes_max`."""
+        found: list[memoryview] = []
+        size = 0
+        with self._lock:
+            for key, length in zip(keys, lengths, strict=False):
+                block = self._blocks.get(key)
+                if block is None or block.length < length or size >= bytes_max:
+                    break
+                found.append(self._arena.view(block, length))
+                size += length
+        return found
 
     def truncate(self, key: ObjectKey, length: int) -> bool:
         with self._lock:

@@ -321,6 +321,29 @@ def test_the_transfer_benchmark_moves_the_same_bytes_by_every_route(tmp_path: Pa
                 assert way["bytes_per_second"] == pytest.approx(report["total_bytes"] / (sum(way["seconds"]) / 2))
 
 
+@pytest.mark.slow
+def test_the_trace_of_a_get_adds_up(tmp_path: Path) -> None:
+    kv_path, figures, drawn = tmp_path / "kv.npy", tmp_path / "figures.json", tmp_path / "trace.png"
+    np.save(kv_path, np.tile(kv_like_values(), (1, 1, 8, 1, 1)))  # 640 tokens: three chunks
+    subprocess.run(
+        [
+            sys.executable, "-m", "bench.trace_get", "--loopback", "--rounds", "1", "--kv", kv_path, "--json", figures,
+            "--plot", drawn,
+        ],
+        cwd=REPOSITORY, capture_output=True, timeout=300, check=True,
+        env=clean_environment(PYTHONPATH=str(REPOSITORY / "tests/support")),
+    )  # fmt: skip
+    for result in json.loads(figures.read_text()):
+        trace = result["trace"]
+        assert [len(trace[name]) for name in ("receiving", "decoding")] == [3, 3]
+        for (on_its_way, received), (begun, done) in zip(trace["receiving"], sorted(trace["decoding"]), strict=True):
+            assert 0 < trace["found"] <= on_its_way + 1e-3
+            assert on_its_way < received < begun < done < trace["took"] == result["get_s"]
+        slowest_s = max(result["receive_s"], result["decode_s"])
+        assert result["shares"] == [pytest.approx(slowest_s / result["get_s"])]
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_route_that_gives_back_other_bytes_fails() -> None:
     from bench import transfer  # here, as bench/ is no part of a wheel
     from bench.routes import Objects, memcpy_route
@@ -334,6 +357,23 @@ def test_a_route_that_gives_back_other_bytes_fails() -> None:
     transfer.turn(honest)
     with pytest.raises(SystemExit, match="memcpy: what was fetched is not what was put"):
         transfer.turn(dataclasses.replace(honest, fetch=lambda: [b"what was pux"]))
+
+
+def test_a_streamed_run_is_timed_from_its_prefill_and_compared() -> None:
+    from bench.streaming import timed
+
+    prefill = {"began": 10.0, "computed": 12.0, "stored": 12.5, "layers": [10.5, 11.5], "bytes": 7, "kept": 32}
+    decode = {"first_at": 12.25, "restored": 31, "chosen": [1, 2], "layers": [10.75, 12.0]}
+    run = timed((prefill, decode), "lossless", [1, 2])
+    assert (run["prefill"], run["ttft"], run["after_prefill"]) == (2.0, 2.25, 0.25)
+    assert (run["first_layer"], run["last_written"], run["fetch"]) == (0.75, 1.5, None)
+    stored = {name: said for name, said in decode.items() if name != "layers"}
+    assert timed((prefill, {**stored, "first_at": 12.625}), "lossless", [1, 2])["fetch"] == 0.125
+    with pytest.raises(SystemExit, match="lossless: went on with"):
+        timed((prefill, decode), "lossless", [1, 3])
+    assert timed((prefill, decode), "low", [1, 3])["same_tokens"] is False
+    with pytest.raises(SystemExit, match="15 tokens were restored of 32"):
+        timed((prefill, {**decode, "restored": 15}), "low", [1, 2])
 
 
 def _flips_a_bit_in_decode(honest: Contestant, *, number: int) -> Contestant:

@@ -27,10 +27,11 @@ from polling import wait_until
 from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
-from kvstore_client import AsyncClient, Client, InvalidArgument, fetching
+from kvstore_client import AsyncClient, Client, InvalidArgument
+from kvstore_client.fetching import decode_object
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_proto.v1 import admin_pb2, store_pb2, transfer_pb2
-from kvstore_proto.v1.bulk import HEADER_BYTES, Kind, frame, hello, parse_header
+from kvstore_proto.v1.bulk import HEADER_BYTES, VERSION, Kind, frame, hello, parse_header
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded
 from kvstore_proto.v1.transfer_pb2_grpc import TransferStub
 
@@ -39,7 +40,7 @@ CHUNKS = 24
 TOKENS = list(range(CHUNKS * LAYOUT.chunk_tokens))
 KV = random_kv(LAYOUT, len(TOKENS), 3)
 WAITING = "kvstore_host_waiting_bytes"
-METHODS = {"grpc": "Fetch", "tcp": "BulkFetch", "unix": "BulkFetch", "shm": "BulkFetch"}
+METHODS = {"grpc": "Fetch", "tcp": "BulkGet", "unix": "BulkGet", "shm": "BulkGet"}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def connect(node: NodeProcess, *, local: bool = False) -> socket.socket:
 
 def ticket_of(node: NodeProcess) -> transfer_pb2.ConnectResponse:
     stub = TransferStub(node.channel)  # type: ignore[no-untyped-call]
-    answer: transfer_pb2.ConnectResponse = stub.Connect(transfer_pb2.ConnectRequest(version=1), timeout=10)
+    answer: transfer_pb2.ConnectResponse = stub.Connect(transfer_pb2.ConnectRequest(version=VERSION), timeout=10)
     return answer
 
 
@@ -143,14 +144,14 @@ async def test_the_best_way_is_found_in_the_background(node: NodeProcess) -> Non
     async with AsyncClient(
         node.address, strict=True, deadline=20.0, transport="auto", registry=CollectorRegistry()
     ) as client:
-        cache, before, puts = client.namespace(LAYOUT), calls(node, "BulkFetch"), calls(node, "Put")
+        cache, before, puts = client.namespace(LAYOUT), calls(node, "BulkGet"), calls(node, "Put")
         await cache.put(TOKENS[:64], codec.token_slice(KV, 0, 64), quality="raw")
         wait_until(lambda: calls(node, "Put") == puts + 1, "the first call does not wait for it")
         for _ in range(1000):
             kv, tokens = await cache.get(TOKENS[:64])
             assert tokens == 64
             assert bits(kv) == bits(codec.token_slice(KV, 0, 64))
-            if calls(node, "BulkFetch") > before:
+            if calls(node, "BulkGet") > before:
                 break
             await asyncio.sleep(0.01)
         assert calls(node, "BulkMap") >= 1, "on one machine it is shared memory"
@@ -210,9 +211,13 @@ def test_a_node_that_is_killed_is_found_again(start_node: Callable[..., NodeProc
         node = start_node(*flags, listen=node.address)
         wait_until(lambda: cache.get(TOKENS)[1] == len(TOKENS), "the node is found again")
         kv, tokens = cache.get(TOKENS)
-    assert tokens == len(TOKENS)
-    assert bits(kv) == bits(KV)
-    assert calls(node, "BulkFetch") >= 1
+        assert tokens == len(TOKENS)
+        assert bits(kv) == bits(KV)
+        wait_until(
+            lambda: cache.get(TOKENS[:16])[1] == 16 and calls(node, "BulkGet") >= 1,
+            "its bulk path is found again, some seconds after it was looked for in vain",
+            deadline_s=30.0,
+        )
 
 
 @pytest.mark.parametrize(
@@ -263,6 +268,109 @@ def test_shared_memory_is_for_reading(node: NodeProcess) -> None:
         os.close(descriptor)
 
 
+# A get: lookup and objects in one request
+
+
+def get_request(*, places: bool, min_quality: str = "low", quality: str = "raw", lease_ms: int = 60_000) -> bytes:
+    refs = codec.chunk_refs(LAYOUT, TOKENS)
+    lookup = store_pb2.LookupRequest(
+        namespace_id=LAYOUT.namespace_id, chunk_hashes=b"".join(ref.hash for ref in refs), lease_ms=lease_ms
+    )
+    return transfer_pb2.BulkGet(
+        lookup=lookup, quality=codec.Quality.parse(quality), min_quality=codec.Quality.parse(min_quality),
+        places=places, hold_ms=60_000,
+    ).SerializeToString()  # fmt: skip
+
+
+def frames(connection: BulkSocket) -> list[tuple[Kind, int, bytes]]:
+    """Of one answer, up to its END."""
+    came: list[tuple[Kind, int, bytes]] = []
+    while not came or came[-1][0] is not Kind.END:
+        found = connection.receive(Kind.FOUND, Kind.OBJECT, Kind.PLACES, Kind.END)
+        came.append((found.kind, found.index, connection.payload(found)))
+    return came
+
+
+def put_some(node: NodeProcess, tokens: int, quality: str = "raw") -> None:
+    with Client(node.address, strict=True, deadline=20.0, registry=CollectorRegistry()) as client:
+        kv = codec.token_slice(KV, 0, tokens)
+        client.namespace(LAYOUT).put(TOKENS[:tokens], kv, quality=quality, durable=True)
+
+
+def test_a_get_answers_what_there_is_and_brings_it(node: NodeProcess) -> None:
+    put_some(node, 64)
+    for evict in (False, True):
+        if evict:
+            node.admin.Evict(admin_pb2.EvictRequest(tier="host"), timeout=10)
+        with let_in(node) as connection:
+            connection.send(Kind.GET, 0, get_request(places=False))
+            (kind, _, payload), *objects, (_, _, ended) = frames(connection)
+            found = store_pb2.LookupResponse.FromString(payload)
+            assert kind is Kind.FOUND
+            assert list(found.tokens) == [16] * 4
+            assert found.lease_id
+            assert [(kind, index) for kind, index, _ in objects] == [(Kind.OBJECT, index) for index in range(4)]
+            assert [len(blob) for _, _, blob in objects] == list(found.stored_bytes)
+            assert ended == b""
+            connection.send(Kind.GET, 0, get_request(places=False))
+            assert len(frames(connection)) == 6, "the connection is good for more"
+    wait_until(lambda: gauge(node, "kvstore_leases") == 0, "a get's lease ends with it")
+
+
+def test_a_get_brings_no_more_than_is_good_enough(node: NodeProcess) -> None:
+    put_some(node, 32, "raw")
+    put_some(node, 64, "medium")
+    with let_in(node) as connection:
+        for floor, objects in (("raw", 2), ("high", 2), ("medium", 4), ("low", 4)):
+            connection.send(Kind.GET, 0, get_request(places=False, min_quality=floor))
+            (_, _, payload), *came = frames(connection)
+            assert len(store_pb2.LookupResponse.FromString(payload).tokens) == 4
+            assert [kind for kind, _, _ in came] == [Kind.OBJECT] * objects + [Kind.END]
+
+
+def test_a_get_of_nothing_finds_nothing(node: NodeProcess) -> None:
+    with let_in(node) as connection:
+        connection.send(Kind.GET, 0, get_request(places=False))
+        assert frames(connection) == [(Kind.FOUND, 0, b""), (Kind.END, 0, b"")]
+
+
+def test_all_places_of_a_get_are_one_frame(node: NodeProcess) -> None:
+    put_some(node, 256)
+    with let_in(node, local=True) as connection:
+        connection.send(Kind.MAP, 0)
+        os.close(connection.receive_descriptor(Kind.MAPPED)[1])
+        connection.send(Kind.GET, 0, get_request(places=True))
+        (_, _, payload), (kind, index, told), (ended, _, _) = frames(connection)
+        places = transfer_pb2.Places.FromString(told)
+        assert (kind, index, ended) == (Kind.PLACES, 0, Kind.END)
+        assert list(places.object_bytes) == list(store_pb2.LookupResponse.FromString(payload).stored_bytes)
+        node.admin.Evict(admin_pb2.EvictRequest(tier="host"), timeout=10)
+        assert gauge(node, WAITING) > 0, "they are held"
+        release(connection)
+    wait_until(lambda: gauge(node, WAITING) == 0, "the memory is free")
+
+
+@pytest.mark.parametrize(
+    "lies",
+    [{"namespace_id": b"short"}, {"chunk_hashes": b"x"}, {"part": 1 << 30}, {"first_chunk_hash": b"x"}],
+    ids=["namespace", "hashes", "part", "first chunk"],
+)
+def test_a_get_that_asks_for_nonsense_is_refused(node: NodeProcess, lies: dict[str, Any]) -> None:
+    asked = transfer_pb2.BulkGet.FromString(get_request(places=False))
+    for name, value in lies.items():
+        setattr(asked.lookup, name, value)
+    with let_in(node) as connection:
+        connection.send(Kind.GET, 0, asked.SerializeToString())
+        ended = transfer_pb2.Ended.FromString(connection.payload(connection.receive(Kind.END)))
+        assert ended.code == "invalid_request"
+    for name in ("quality", "min_quality"):
+        asked = transfer_pb2.BulkGet.FromString(get_request(places=False))
+        setattr(asked, name, 99)
+        with let_in(node) as connection:
+            connection.send(Kind.GET, 0, asked.SerializeToString())
+            assert connection.receive(Kind.END)
+
+
 # What is read in place
 
 
@@ -272,7 +380,7 @@ def test_what_is_read_in_place_stays_until_it_is_released(node: NodeProcess) -> 
         release(connection)
         wait_until(lambda: gauge(node, WAITING) == 0, "the memory is free")
         connection.send(Kind.FETCH, 0, fetch_request(places=True))
-        assert connection.receive(Kind.PLACE, Kind.OBJECT), "and the connection is good for more"
+        assert connection.receive(Kind.PLACES, Kind.OBJECT), "and the connection is good for more"
 
 
 def test_a_reader_that_goes_away_holds_nothing(node: NodeProcess) -> None:
@@ -294,11 +402,11 @@ def test_a_reader_killed_while_it_reads_holds_nothing(node: NodeProcess) -> None
     script = """
         import os, signal, sys
         sys.path[:0] = sys.argv[2:]
-        import kvstore_client.fetching as fetching
+        import kvstore_client.bulk_getting as bulk_getting
         from test_bulk import KV, LAYOUT, TOKENS, Client
         def dies(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
-        fetching.decode_object = dies
+        bulk_getting.decode_object = dies
         with Client(sys.argv[1], transport="shm", deadline=20.0) as client:
             client.namespace(LAYOUT).get(TOKENS[:256])
     """
@@ -319,13 +427,12 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
         cache = client.namespace(LAYOUT)
         cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
         assert cache.get(TOKENS[:256])[1] == 256
-        decode = fetching.decode_object
 
         def slowly(*arguments: Any) -> None:
             threading.Event().wait(2.0)
-            decode(*arguments)
+            decode_object(*arguments)
 
-        monkeypatch.setattr(fetching, "decode_object", slowly)
+        monkeypatch.setattr("kvstore_client.bulk_getting.decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256
@@ -345,7 +452,7 @@ def places(node: NodeProcess, hold_ms: int) -> Iterator[BulkSocket]:
         connection.send(Kind.MAP, 0)
         os.close(connection.receive_descriptor(Kind.MAPPED)[1])
         connection.send(Kind.FETCH, 0, fetch_request(places=True, hold_ms=hold_ms))
-        while (found := connection.receive(Kind.PLACE, Kind.END)).kind is Kind.PLACE:
+        while (found := connection.receive(Kind.PLACES, Kind.END)).kind is Kind.PLACES:
             connection.payload(found)
         connection.payload(found)
         node.admin.Evict(admin_pb2.EvictRequest(tier="host"), timeout=10)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 import grpc
+import kv_objects
 import pytest
 from bulk_liar import BulkLiar, Script
 from hostile_server import HANG_S_MAX, Held, HostileServer, takes_all
@@ -27,21 +28,24 @@ from kvstore_client import (
     RequestRefused,
     Unavailable,
 )
-from kvstore_proto.v1 import transfer_pb2
-from kvstore_proto.v1.bulk import CONTROL_BYTES_MAX, Kind, frame, header
+from kvstore_client.transports.bulk_path import Transport
+from kvstore_proto.v1 import store_pb2, transfer_pb2
+from kvstore_proto.v1.bulk import CONTROL_BYTES_MAX, VERSION, Kind, frame, header
 
 LAYOUT = small_layout("bulk")
 HELD = Held.of(LAYOUT, 3, seed=5)
 DEADLINE_S, SLACK_S = 1.0, 0.5
 WELL = frame(Kind.END)
+FOUND = frame(Kind.FOUND, 0, kv_objects.answer_of(map(HELD.status, range(3))).SerializeToString())
 FIRST = frame(Kind.OBJECT, 0, HELD.blobs[0])
 
 
-def sends(data: bytes, *, stays: bool = False) -> Script:
-    """An honest first object, then this. `stays`: it says nothing more, but does not hang up either."""
+def sends(data: bytes, *, before: bytes = FIRST, found: bytes = FOUND, stays: bool = False) -> Script:
+    """An honest answer to the lookup, where there is one, and first object, then this. `stays`: it says nothing more,
+    but does not hang up either."""
 
     def script(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
-        accepted.sendall(FIRST + data)
+        accepted.sendall((found if kind is Kind.GET else b"") + before + data)
         if stays:
             threading.Event().wait(HANG_S_MAX)
 
@@ -52,7 +56,7 @@ FOUR_OF_THREE = sends(b"".join(frame(Kind.OBJECT, at, HELD.blobs[at]) for at in 
 
 
 def dribbles(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
-    accepted.sendall(FIRST)
+    accepted.sendall(FOUND + FIRST)
     for byte in frame(Kind.OBJECT, 1, HELD.blobs[1]):
         accepted.sendall(bytes([byte]))
         threading.Event().wait(0.2)
@@ -72,8 +76,9 @@ LIES: list[tuple[str, Script, type[KvClientError]]] = [
     ("more bytes than declared", sends(header(Kind.OBJECT, 1, 1 << 39), stays=True), ProtocolViolation),
     ("a long control frame", sends(header(Kind.END, 0, CONTROL_BYTES_MAX + 1), stays=True), ProtocolViolation),
     ("an end that is no message", sends(frame(Kind.END, 0, b"\xff\xff\xff")), ProtocolViolation),
-    ("a place without shared memory", sends(frame(Kind.PLACE, 1, transfer_pb2.Place(object_bytes=1).SerializeToString())
-                                            ), ProtocolViolation),
+    ("places without shared memory", sends(frame(Kind.PLACES, 1, transfer_pb2.Places(
+        offset=[0], object_bytes=[1]).SerializeToString())), ProtocolViolation),
+    ("another answer to a lookup", sends(FOUND), ProtocolViolation),
     ("four objects of three", FOUR_OF_THREE, ProtocolViolation),
     ("a refusal", sends(frame(Kind.END, 0, transfer_pb2.Ended(status=3, details="a\nb").SerializeToString())),
      RequestRefused),
@@ -86,30 +91,124 @@ LIES: list[tuple[str, Script, type[KvClientError]]] = [
 ]  # fmt: skip
 
 
-async def get(address: str, *, strict: bool, registry: CollectorRegistry) -> tuple[object, int]:
+def finds(answer: bytes, kind: Kind = Kind.FOUND) -> Script:
+    """This in place of an answer to the lookup, and the objects behind it."""
+    objects = b"".join(frame(Kind.OBJECT, at, blob) for at, blob in enumerate(HELD.blobs))
+    return sends(objects + WELL, before=b"", found=frame(kind, 0, answer), stays=True)
+
+
+def told(*statuses: kv_objects.ChunkStatus) -> Script:
+    return finds(kv_objects.answer_of(statuses).SerializeToString())
+
+
+ONE = HELD.status(0)
+UNEQUAL = store_pb2.LookupResponse(tokens=[16, 16], quality=[0, 0], provenance=[0], stored_bytes=[1, 1])
+FOUND_LIES: list[tuple[str, Script, type[KvClientError]]] = [
+    ("no message", finds(b"\xff\xff\xff"), ProtocolViolation),
+    ("lists of unequal length", finds(UNEQUAL.SerializeToString()), ProtocolViolation),
+    ("more chunks than were asked for", told(ONE, ONE, ONE, ONE), ProtocolViolation),
+    ("other tokens", told(HELD.status(0, tokens=15)), ProtocolViolation),
+    ("a quality that there is not", told(HELD.status(0, quality=99)), ProtocolViolation),
+    ("no bytes", told(HELD.status(0, stored_bytes=0)), ProtocolViolation),
+    ("too many bytes", told(HELD.status(0, stored_bytes=1 << 60)), ProtocolViolation),
+    ("objects of what it has not", told(), ProtocolViolation),
+    ("objects of what is too bad", told(HELD.status(0, provenance=4)), ProtocolViolation),
+    ("a larger object than it said", told(HELD.status(0, stored_bytes=9)), ProtocolViolation),
+    ("objects alone", sends(FIRST, before=b"", found=b"", stays=True), ProtocolViolation),
+    ("an end alone", sends(WELL, before=b"", found=b"", stays=True), ProtocolViolation),
+    ("a refusal", finds(transfer_pb2.Ended(status=3, details="no").SerializeToString(), Kind.END), RequestRefused),
+    ("a long answer", sends(header(Kind.FOUND, 0, CONTROL_BYTES_MAX + 1), before=b"", found=b"", stays=True),
+     ProtocolViolation),
+    ("silence inside the answer", sends(FOUND[:-1], before=b"", found=b"", stays=True), DeadlineExceeded),
+]  # fmt: skip
+
+MEMORY = HELD.blobs[0] + bytes(100)
+SIZE = len(HELD.blobs[0])
+
+
+def places(*places: tuple[int, int], at: int = 1) -> bytes:
+    """The first object's honest place, and then these."""
+    told = transfer_pb2.Places(offset=[place[0] for place in places], object_bytes=[place[1] for place in places])
+    honest = transfer_pb2.Places(offset=[0], object_bytes=[SIZE])
+    return frame(Kind.PLACES, 0, honest.SerializeToString()) + frame(Kind.PLACES, at, told.SerializeToString())
+
+
+PLACE_LIES = {
+    "outside the memory": places((len(MEMORY), SIZE)),
+    "across its end": places((len(MEMORY) - SIZE + 1, SIZE)),
+    "beyond every memory": places((2**64 - 1, SIZE)),
+    "without bytes": places((0, 0)),
+    "of more bytes than declared": places((0, SIZE + 1)),
+    "of more objects than there are": places((0, SIZE), (0, SIZE), (0, SIZE)),
+    "of none": places(),
+    "of an object that had one": places((0, SIZE), at=0),
+    "lists of unequal length": frame(Kind.PLACES, 0, transfer_pb2.Places(offset=[0, 0], object_bytes=[SIZE]
+                                                                         ).SerializeToString()),
+}  # fmt: skip
+
+
+async def get(
+    address: str, *, strict: bool, registry: CollectorRegistry, transport: Transport = "tcp", planned: bool = False
+) -> tuple[object, int]:
     async with AsyncClient(
-        address, transport="tcp", strict=strict, deadline=DEADLINE_S, registry=registry
+        address, transport=transport, strict=strict, deadline=DEADLINE_S, registry=registry
     ) as client:  # fmt: skip
         began = time.monotonic()
+        ttft, prefill = (1000.0, 0.01) if planned else (None, None)
         try:
-            return await client.namespace(LAYOUT).get(HELD.tokens)
+            return await client.namespace(LAYOUT).get(
+                HELD.tokens, min_quality="lossless", ttft=ttft, prefill_tokens_per_s=prefill
+            )
         finally:
             assert time.monotonic() - began < DEADLINE_S + SLACK_S
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["one request", "lookup and fetch"])
 @pytest.mark.parametrize(("script", "kind"), [lie[1:] for lie in LIES], ids=[lie[0] for lie in LIES])
-async def test_a_lie_ends_the_prefix(script: Script, kind: type[KvClientError]) -> None:
+async def test_a_lie_ends_the_prefix(script: Script, kind: type[KvClientError], planned: bool) -> None:
+    if planned and (kind is DeadlineExceeded or script is FOUR_OF_THREE):
+        pytest.skip("the same code waits as long again, or the planner does not look behind what it wants")
     registry = CollectorRegistry()
     with BulkLiar(script) as liar, HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=liar.connect) as server:
-        kv, tokens = await get(server.address, strict=False, registry=registry)
+        kv, tokens = await get(server.address, strict=False, registry=registry, planned=planned)
         with pytest.raises(KvClientError) as caught:
-            await get(server.address, strict=True, registry=registry)
+            await get(server.address, strict=True, registry=registry, planned=planned)
     assert tokens == (3 if script is FOUR_OF_THREE else 1) * LAYOUT.chunk_tokens
     assert bits(kv) == bits(codec.token_slice(HELD.kv, 0, tokens))
     assert type(caught.value) is kind, caught.value
     assert len(str(caught.value).splitlines()) == 1
+    assert liar.requests == [Kind.FETCH if planned else Kind.GET] * 2
     assert server.calls.count("Fetch") == 0, "what has come is not asked for again"
     assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": kind.code.value})
+
+
+@pytest.mark.parametrize(("script", "kind"), [lie[1:] for lie in FOUND_LIES], ids=[lie[0] for lie in FOUND_LIES])
+async def test_a_lie_about_what_there_is_is_a_miss(script: Script, kind: type[KvClientError]) -> None:
+    registry = CollectorRegistry()
+    with BulkLiar(script) as liar, HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=liar.connect) as server:
+        _, tokens = await get(server.address, strict=False, registry=registry)
+        with pytest.raises(KvClientError) as caught:
+            await get(server.address, strict=True, registry=registry)
+    assert tokens == 0
+    assert type(caught.value) is kind, caught.value
+    assert server.calls.count("Fetch") == 0, "who lies is not asked again"
+    assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": kind.code.value})
+
+
+@pytest.mark.parametrize("planned", [False, True], ids=["one request", "lookup and fetch"])
+@pytest.mark.parametrize("lie", PLACE_LIES.values(), ids=PLACE_LIES)
+async def test_a_place_that_cannot_be_makes_all_that_was_read_in_place_a_miss(lie: bytes, planned: bool) -> None:
+    registry = CollectorRegistry()
+    script = sends(lie, before=b"", stays=True)
+    with (
+        BulkLiar(script, MEMORY) as liar,
+        HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=liar.connect) as server,
+    ):
+        _, tokens = await get(server.address, strict=False, registry=registry, transport="shm", planned=planned)
+        with pytest.raises(ProtocolViolation):
+            await get(server.address, strict=True, registry=registry, transport="shm", planned=planned)
+    assert tokens == 0
+    assert server.calls.count("Fetch") == 0
 
 
 def hangs_up(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
@@ -129,22 +228,27 @@ async def test_a_path_that_breaks_before_it_brought_anything_is_left_for_grpc() 
     assert tokens == len(HELD.tokens)
     assert bits(kv) == bits(HELD.kv)
     assert stored.stored == 2
-    assert liar.requests == [Kind.FETCH, Kind.OFFER]
+    assert liar.requests == [Kind.GET, Kind.FETCH, Kind.OFFER], "a broken connection may be an old one"
     failed = {"call": "bulk", "reason": Unavailable.code.value}
-    assert registry.get_sample_value("kvstore_client_failures_total", failed) == 2
+    assert registry.get_sample_value("kvstore_client_failures_total", failed) == 3
 
 
 @pytest.mark.parametrize(
     "answer",
     [
         lambda request, context: transfer_pb2.ConnectResponse(),
-        lambda request, context: transfer_pb2.ConnectResponse(version=1, ticket=b"short", addresses=[":1"]),
-        lambda request, context: transfer_pb2.ConnectResponse(version=1, ticket=bytes(32), addresses=["", "x", ":x"]),
-        lambda request, context: transfer_pb2.ConnectResponse(version=1, ticket=bytes(32), addresses=["unix:/nowhere"]),
+        lambda request, context: transfer_pb2.ConnectResponse(version=VERSION, ticket=b"short", addresses=[":1"]),
+        lambda request, context: transfer_pb2.ConnectResponse(
+            version=VERSION, ticket=bytes(32), addresses=["", "x", ":x"]
+        ),
+        lambda request, context: transfer_pb2.ConnectResponse(
+            version=VERSION, ticket=bytes(32), addresses=["unix:/nowhere"]
+        ),
+        lambda request, context: transfer_pb2.ConnectResponse(version=VERSION - 1, ticket=bytes(32), addresses=[":1"]),
         lambda request, context: b"\xff\xff",
         lambda request, context: context.abort(grpc.StatusCode.INTERNAL, "no"),
     ],
-    ids=["none", "no ticket", "no addresses", "nobody there", "no message", "failure"],
+    ids=["none", "no ticket", "no addresses", "nobody there", "another version", "no message", "failure"],
 )
 async def test_without_a_bulk_path_there_is_grpc(answer: Callable[..., transfer_pb2.ConnectResponse]) -> None:
     with HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=answer) as server:
@@ -162,7 +266,7 @@ async def test_a_cancelled_get_hangs_up_and_writes_nothing_more() -> None:
     hung_up = threading.Event()
 
     def waits(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
-        accepted.sendall(FIRST)
+        accepted.sendall(FOUND + FIRST)
         accepted.recv(1)
         hung_up.set()
 

@@ -58,7 +58,7 @@ from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
 LAYOUT = kv_objects.small_layout()
-WIDE = kv_objects.small_layout("wide", layers=64, head_dim=256)  # objects over 2 MiB: several messages each
+WIDE = kv_objects.small_layout("wide", layers=80, head_dim=256)  # objects over 2 MiB: several messages each
 CHUNKS, CHUNK = 4, LAYOUT.chunk_tokens
 BAD = 2  # the chunk that something is wrong with
 HELD = Held.of(LAYOUT, CHUNKS, seed=1)

@@ -52,6 +52,7 @@ from kvstore_client import (
     profile_shelf,
 )
 from kvstore_client.profiles import PROFILE_LAYOUT, as_kv, chunks_of, pack, profile_refs
+from kvstore_client.transports.bulk_path import Transport
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.admin_pb2 import EvictRequest
@@ -165,6 +166,25 @@ def test_a_reader_needs_no_configuration(
     assert (writer.events("stored"), writer.events("loaded"), reader.events("loaded")) == (1, 0, 1)
     assert bits(cache.get(tokens)[0]) == bits(got)
     assert writer.events("loaded") == 0, "it has it"
+
+
+@pytest.mark.parametrize("transport", ["tcp", "shm"])
+def test_a_get_over_the_bulk_path_loads_the_profile_it_needs(
+    shared: NodeProcess, layout: KVLayout, profile: Profile, transport: Transport
+) -> None:
+    tokens, kv = prompt(layout, 6, seed=7)
+
+    def client() -> Client:
+        return Client(
+            shared.address, strict=True, deadline=DEADLINE_S, transport=transport, registry=CollectorRegistry()
+        )
+
+    with client() as writer:
+        writer.namespace(layout, profile=profile).put(tokens, kv, quality="high")
+    with client() as reader:
+        got, count = reader.namespace(layout).get(tokens)
+    assert count == len(tokens)
+    assert bits(got) == expected(layout, kv, "high", profile)
 
 
 def test_a_profile_of_several_chunks(shared: NodeProcess, caller: Callable[..., Caller]) -> None:

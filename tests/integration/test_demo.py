@@ -49,6 +49,16 @@ def test_every_quality_is_restored_and_paid_for_in_bits(report: Any) -> None:
     assert report["problems"] == []
 
 
+def test_a_layer_is_taken_in_while_the_prefill_computes(report: Any) -> None:
+    live = report["live"]
+    assert (live["prompt_tokens"], live["tokens"], live["same_logits"]) == (513, 512, True)
+    written, taken = live["layers_written_seconds"], live["layers_taken_seconds"]
+    assert len(written) == len(taken) == 30
+    assert taken == sorted(taken)
+    assert taken[0] < written[-1] <= live["prefill_seconds"]
+    assert live["first_token_seconds"] >= taken[-1]
+
+
 def breakages() -> dict[str, Callable[[Any], None]]:
     return {
         "lossless continues otherwise": lambda r: r["rows"]["lossless"].update(matching_tokens=63),
@@ -57,6 +67,10 @@ def breakages() -> dict[str, Callable[[Any], None]]:
         "a quality is missing a chunk": lambda r: r["rows"]["low"].update(tokens=RESTORED - 256),
         "a put was not durable": lambda r: r["puts"]["high"].update(durable=False),
         "a put stored less": lambda r: r["puts"]["raw"].update(tokens=256),
+        "streaming left a chunk out": lambda r: r["live"].update(tokens=256),
+        "streaming changed the logits": lambda r: r["live"].update(same_logits=False),
+        "streaming began after the last layer": lambda r: r["live"].update(layers_taken_seconds=[1e9] * 30),
+        "streaming lost a layer": lambda r: r["live"]["layers_taken_seconds"].pop(),
         "kill -9 lost an object": lambda r: r["after_restart"]["rows"]["high"].update(tokens=0),
         "kill -9 changed an object": lambda r: r["after_restart"]["rows"]["medium"].update(kv_digest="0"),
         "a dead node answered": lambda r: r["while_down"].update(tokens=1),

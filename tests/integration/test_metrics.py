@@ -95,6 +95,7 @@ def test_what_an_operator_alerts_on_has_been_seen_to_count(busy: NodeProcess) ->
         ("kvstore_evictions_total", "capacity"), ("kvstore_degradations_total", "capacity"),
     ):  # fmt: skip
         assert total(name, *([label] if label else [])) > 0, (name, label)
+    assert total("kvstore_reads_by_quality_total", "host", "high") > 0, "tier and quality together"
     assert total("kvstore_tier_state", "redis", "open") + total("kvstore_tier_state", "redis", "half-open") == 1
     assert total("kvstore_tier_state", "disk", "ok") == 1
     assert total("process_open_fds") > 0

@@ -22,7 +22,7 @@ from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, FramedStoreStub
 
 LAYOUT = kv.small_layout()
-WIDE = kv.small_layout("wide", layers=64, head_dim=256)  # objects over 1 MiB: several messages each
+WIDE = kv.small_layout("wide", layers=80, head_dim=256)  # objects over 1 MiB: several messages each
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 BAD_HASH = b"\x01" * 31
 

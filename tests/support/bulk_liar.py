@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import socket
 import threading
 from collections.abc import Callable
@@ -20,18 +22,26 @@ Script = Callable[[socket.socket, Kind, bytes], None]
 
 
 class BulkLiar:
-    """Listens until its `with` ends. `connect` is what its gRPC side answers."""
+    """Listens until its `with` ends. `connect` is what its gRPC side answers. `memory`: what it shares, over a unix
+    socket then."""
 
-    def __init__(self, script: Script) -> None:
-        self._script = script
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, script: Script, memory: bytes | None = None) -> None:
+        self._script, self._memory = script, memory
+        if memory is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+            self._address = f":{self._listener.getsockname()[1]}"
+        else:
+            name = f"kvstore-liar-{secrets.token_hex(8)}"
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener.bind(f"\0{name}")
+            self._listener.listen()
+            self._address = f"unix-abstract:{name}"
         self._sockets = [self._listener]
         self.requests: list[Kind] = []
 
     def connect(self, request: transfer_pb2.ConnectRequest, context: object) -> transfer_pb2.ConnectResponse:
-        port = self._listener.getsockname()[1]
         return transfer_pb2.ConnectResponse(
-            version=VERSION, ticket=bytes(TICKET_BYTES), ticket_ms=1000, addresses=[f":{port}"]
+            version=VERSION, ticket=bytes(TICKET_BYTES), ticket_ms=1000, addresses=[self._address]
         )
 
     def __enter__(self) -> Self:
@@ -57,6 +67,9 @@ class BulkLiar:
         with contextlib.suppress(OSError), accepted:
             accepted.recv(HELLO_BYTES, socket.MSG_WAITALL)
             accepted.sendall(frame(Kind.WELCOME))
+            if self._memory is not None:
+                accepted.recv(HEADER_BYTES, socket.MSG_WAITALL)
+                self._share(accepted, self._memory)
             head = accepted.recv(HEADER_BYTES, socket.MSG_WAITALL)
             if not head:
                 return
@@ -64,3 +77,12 @@ class BulkLiar:
             payload = accepted.recv(found.length, socket.MSG_WAITALL) if found.length else b""
             self.requests.append(found.kind)
             self._script(accepted, found.kind, payload)
+
+    def _share(self, accepted: socket.socket, memory: bytes) -> None:
+        shared = transfer_pb2.SharedMemory(bytes=len(memory)).SerializeToString()
+        descriptor = os.memfd_create("liar")
+        try:
+            os.write(descriptor, memory)
+            socket.send_fds(accepted, [frame(Kind.MAPPED, 0, shared)], [descriptor])
+        finally:
+            os.close(descriptor)

@@ -34,6 +34,7 @@ Put = Callable[[Iterator[Framed[pb.PutRequest]], Context], Iterable[Answer]]
 Delete = Callable[[pb.DeleteRequest, Context], Answer]
 Connect = Callable[[transfer_pb2.ConnectRequest, Context], Answer]
 Stat = Callable[[pb.StatRequest, Context], Answer]
+Renew = Callable[[pb.RenewRequest, Context], Answer]
 
 CALLS_MAX = 32  # at a time; more would wait for one that hangs
 HANG_S_MAX = 60.0
@@ -142,6 +143,7 @@ class HostileServer:
         self, *, lookup: Lookup = holds_nothing, fetch: Fetch | None = None, put: Put = takes_all,
         delete: Delete = lambda request, context: pb.DeleteResponse(),
         stat: Stat = lambda request, context: pb.StatResponse(), connect: Connect | None = None,
+        renew: Renew = lambda request, context: pb.RenewResponse(),
     ) -> None:  # fmt: skip
         self.calls: list[str] = []
         self._server = grpc.server(ThreadPoolExecutor(CALLS_MAX, "hostile-server"), options=CHANNEL_OPTIONS)
@@ -158,6 +160,9 @@ class HostileServer:
                 ),
                 "Delete": grpc.unary_unary_rpc_method_handler(
                     self._counted("Delete", delete), pb.DeleteRequest.FromString, wire
+                ),
+                "Renew": grpc.unary_unary_rpc_method_handler(
+                    self._counted("Renew", renew), pb.RenewRequest.FromString, wire
                 ),
                 "Stat": grpc.unary_unary_rpc_method_handler(
                     self._counted("Stat", stat), pb.StatRequest.FromString, wire

@@ -156,9 +156,14 @@ def lookup(stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes
     return statuses_of(stub.Lookup(request, timeout=DEADLINE_S))
 
 
-def fetch(stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes], *, quality: int = 0) -> list[bytes]:
-    """The objects that came, each checked to be complete and in order."""
-    request = pb.FetchRequest(namespace_id=layout.namespace_id, chunk_hashes=b"".join(hashes), quality=quality)
+def fetch(
+    stub: FramedStoreStub, layout: codec.KVLayout, hashes: Sequence[bytes], *, quality: int = 0,
+    held: Sequence[int] = (),
+) -> list[bytes]:  # fmt: skip
+    """The objects that came, each checked to be complete and in order; without the first `held` bytes of each."""
+    request = pb.FetchRequest(
+        namespace_id=layout.namespace_id, chunk_hashes=b"".join(hashes), quality=quality, held_bytes=held
+    )
     stream: Iterator[Framed[pb.FetchResponse]] = stub.Fetch(request, timeout=DEADLINE_S)
     objects: list[bytes] = []
     for index, pieces in itertools.groupby(stream, key=lambda piece: piece.head.chunk_index):

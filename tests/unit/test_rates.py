@@ -31,6 +31,11 @@ def test_rates_are_by_the_nodes_own_time() -> None:
     assert rates.by_last_label("lookup_chunks") == {"hit": 7.5, "miss": 2.5, "shared": 0.5}
 
 
+def test_by_the_last_of_several_labels_the_others_are_summed_up() -> None:
+    rates = Rates(sample(0), sample(2, reads_by_quality__host__low=6, reads_by_quality__disk__low=2))
+    assert rates.by_last_label("reads_by_quality") == {"low": 4.0}
+
+
 def test_a_restart_counts_from_zero() -> None:
     rates = Rates(sample(1000, puts__stored=500), sample(2, puts__stored=8))
     assert (rates.seconds, rates.rate("puts", "stored")) == (2, 4)
@@ -43,7 +48,7 @@ def test_the_same_moment_divides_by_nothing() -> None:
 
 def scrape(**buckets: int) -> Scrape:
     bounds = {"low": 0.001, "mid": 0.01, "high": 0.1, "inf": float("inf")}
-    return Scrape({"read": {bounds[name]: float(count) for name, count in buckets.items()}}, {}, {}, None)
+    return Scrape({"read": {bounds[name]: float(count) for name, count in buckets.items()}}, {}, {})
 
 
 def test_quantiles_are_those_of_prometheus() -> None:

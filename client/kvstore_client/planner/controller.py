@@ -100,12 +100,16 @@ class Controller:
         at_most = size_bytes or chunk.bytes_at[chunk.no_better_than(self._step.quality)]
         came_s = 0.0
         if seconds > 0:
-            self._peer.link.observe(at_most, seconds, now)
+            if size_bytes:
+                self._peer.link.observe(size_bytes, seconds, now)
             self._slow = min(self._slow, at_most / seconds)
             came_s = size_bytes / self._slow
         self._state = replace(self._state, now=now - self._began - came_s, flowing=self._step.quality)
         following = self._next(now)
         self._given_up = following is None or self.give_up_at <= now
+        if self._given_up and not size_bytes:
+            # Somewhere between nothing and that bound. The bound itself, as a speed, would have the next get try again.
+            self._peer.link.observe(at_most / 2, seconds, now)
         return not self._given_up
 
     def plan(self, now: float) -> Plan:

@@ -121,18 +121,25 @@ class PeerEstimates:
 
 
 class DecodeEstimates:
-    """The decoder's speed by quality, of one namespace: what its objects are coded with decides it. `observe` may be
-    called from any thread."""
+    """The decoder's speed by quality, of one namespace: what its objects are coded with decides it. Where a quality was
+    not measured, it is as much slower than its prior as the others are: on a busy machine it would look fast.
+    `observe` may be called from any thread."""
 
     def __init__(self, threads: int) -> None:
         self._threads = threads
         self._rates = {quality: RateEstimate(prior) for quality, prior in DECODE_PRIORS.items()}
+        self._machine = RateEstimate(1.0)  # as a multiple of the priors
 
     def observe(self, quality: Quality, elements: int, seconds: float, now: float) -> None:
         self._rates[quality].observe(elements, seconds, now)
+        self._machine.observe(elements / DECODE_PRIORS[quality], seconds, now)
 
     def expected(self, now: float) -> dict[Quality, float]:
-        return {quality: self._threads * rate.expected(now) for quality, rate in self._rates.items()}
+        machine = self._machine.expected(now)
+        return {
+            quality: self._threads * (rate.expected(now) if rate.known(now) else machine * DECODE_PRIORS[quality])
+            for quality, rate in self._rates.items()
+        }
 
 
 def careful(peer: PeerEstimates, decode: DecodeEstimates, now: float) -> Speeds:

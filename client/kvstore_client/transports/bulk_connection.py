@@ -6,9 +6,10 @@ import mmap
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
+from types import TracebackType
 from typing import NamedTuple
 
 import grpc
@@ -16,15 +17,18 @@ from google.protobuf.message import DecodeError
 
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, Unavailable, from_status
+from kvstore_client.results import ChunkHit
 from kvstore_client.transports.blob import Blob, Buffers
 from kvstore_client.transports.wanted import Wanted
+from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2, transfer_pb2
-from kvstore_proto.v1.bulk import BadFrame, Kind, hello
+from kvstore_proto.v1.bulk import BadFrame, Header, Kind, hello
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 
 ABSTRACT = "unix-abstract:"
 #: Beyond a call's deadline, so that a slow clock does not take a place from who still reads it.
 HOLD_MARGIN_MS = 1_000
+HOLD_MS_MAX = 2**32 - 1  # as the protocol can say it
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -46,8 +50,9 @@ class BulkConnection:
         self.memory: Memory | None = None
         try:
             self._socket = BulkSocket(_connected(address, deadline.remaining()), deadline.remaining())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what the node said is no address
             raise Unavailable("the node's bulk path cannot be reached", node=node, details=str(error)) from None
+        self._end = weakref.finalize(self, self._socket.close)  # also of a client that is dropped rather than closed
         try:
             with self._failures(deadline):
                 # The hello carries its own header.
@@ -87,34 +92,69 @@ class BulkConnection:
         Whether some are in the node's memory: then `release` tells if what was read of it is good."""
         request = transfer_pb2.BulkFetch(
             request=wanted.request(lease_id), places=self.memory is not None,
-            hold_ms=int(deadline.remaining() * 1000) + HOLD_MARGIN_MS,
+            hold_ms=min(int(deadline.remaining() * 1000) + HOLD_MARGIN_MS, HOLD_MS_MAX),
         )  # fmt: skip
         in_place = False
         with self._failures(deadline):
             self._socket.send(Kind.FETCH, 0, request.SerializeToString())
-            for index in range(len(wanted.chunks) + 1):
-                self._socket.limit(deadline.remaining())
-                found = self._socket.receive(Kind.OBJECT, Kind.PLACE, Kind.END)
+        for found in self.objects(wanted.chunks, deadline):
+            if isinstance(found, memoryview):
+                in_place = True
+                count_received(len(found))
+                hand_over(Blob(found, in_place=True))
+                continue
+            if not ahead.acquire(timeout=deadline.remaining()):
+                raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
+            buffer, view = buffers.take(found)
+            self.receive_into(view, deadline, count_received)
+            hand_over(Blob(view, partial(_done, buffers, buffer, ahead)))
+        return in_place
+
+    def get(
+        self, lookup: store_pb2.LookupRequest, quality: Quality, min_quality: Quality, deadline: Deadline, hold_s: float
+    ) -> store_pb2.LookupResponse:  # fmt: skip
+        """What there is of a chain; `objects` of it follow, up to the first that is worse than `min_quality`."""
+        request = transfer_pb2.BulkGet(
+            lookup=lookup, quality=quality, min_quality=min_quality, places=self.memory is not None,
+            hold_ms=int(hold_s * 1000) + HOLD_MARGIN_MS,
+        )  # fmt: skip
+        with self._failures(deadline):
+            self._socket.send(Kind.GET, 0, request.SerializeToString())
+            found = self._socket.receive(Kind.FOUND, Kind.END)
+            payload = self._payload(found, deadline)
+            if found.kind is Kind.FOUND:
+                return store_pb2.LookupResponse.FromString(payload)
+            self._check_end(payload)
+            raise BadFrame("a get ended before it was answered")
+
+    def objects(self, chunks: Sequence[ChunkHit], deadline: Deadline) -> Iterator[memoryview | int]:
+        """Of each object in the order of `chunks`, possibly fewer: where it lies in the node's memory, or how many
+        bytes are to be received by `receive_into` before the next is asked for. Some in memory: then `release` tells
+        if what was read there is good."""
+        at = 0
+        while True:
+            places: list[memoryview] = []
+            with self._failures(deadline):
+                found = self._socket.receive(Kind.OBJECT, Kind.PLACES, Kind.END)
                 if found.kind is Kind.END:
-                    self._check_end(self._socket.payload(found))
-                    return in_place
-                if index == len(wanted.chunks) or found.index != index:
+                    self._check_end(self._payload(found, deadline))
+                    return
+                if at == len(chunks) or found.index != at:
                     raise BadFrame(f"object {found.index} came out of place")
-                largest = wanted.chunks[index].stored_bytes
-                if found.kind is Kind.PLACE:
-                    blob = self._in_place(self._socket.payload(found), largest)
-                    count_received(len(blob.data))
-                    hand_over(blob)
-                    in_place = True
-                    continue
-                if not 0 < found.length <= largest:
-                    raise BadFrame(f"an object of {found.length} bytes was declared to have {largest}")
-                if not ahead.acquire(timeout=deadline.remaining()):
-                    raise NoProgress
-                buffer, view = buffers.take(found.length)
-                self._socket.receive_into(view, after=count_received, until=deadline.remaining)
-                hand_over(Blob(view, partial(_done, buffers, buffer, ahead)))
-        raise AssertionError("the last frame is an END")
+                if found.kind is Kind.PLACES:
+                    places = self._in_place(self._payload(found, deadline), chunks[at:])
+                elif not 0 < found.length <= chunks[at].stored_bytes:
+                    raise BadFrame(f"an object of {found.length} bytes was declared to have {chunks[at].stored_bytes}")
+            if places:
+                at += len(places)
+                yield from places
+            else:
+                at += 1
+                yield found.length
+
+    def receive_into(self, view: memoryview, deadline: Deadline, count_received: Callable[[int], None]) -> None:
+        with self._failures(deadline):
+            self._socket.receive_into(view, after=count_received, until=deadline.remaining)
 
     def release(self, deadline: Deadline) -> None:
         """After a fetch with places: they are not needed any more. When this returns, all of them were good until
@@ -150,15 +190,26 @@ class BulkConnection:
         self._socket.shutdown()
 
     def close(self) -> None:
-        self._socket.close()
+        self._end()
 
-    def _in_place(self, payload: bytes, largest: int) -> Blob:
-        place = transfer_pb2.Place.FromString(payload)
-        if self.memory is None or not 0 < place.object_bytes <= largest:
-            raise BadFrame(f"a place of {place.object_bytes} bytes was declared to have {largest}")
-        if place.offset + place.object_bytes > len(self.memory.view):
-            raise BadFrame("a place lies outside the node's memory")
-        return Blob(self.memory.view[place.offset : place.offset + place.object_bytes], in_place=True)
+    def _in_place(self, payload: bytes, chunks: Sequence[ChunkHit]) -> list[memoryview]:
+        told = transfer_pb2.Places.FromString(payload)
+        if self.memory is None or not 0 < len(told.offset) == len(told.object_bytes) <= len(chunks):
+            raise BadFrame(f"{len(told.offset)} places came where {len(chunks)} objects were to come")
+        memory, places = self.memory.view, []
+        for chunk, offset, size in zip(chunks, told.offset, told.object_bytes, strict=False):
+            if not 0 < size <= chunk.stored_bytes:
+                raise BadFrame(f"a place of {size} bytes was declared to have {chunk.stored_bytes}")
+            if offset + size > len(memory):
+                raise BadFrame("a place lies outside the node's memory")
+            places.append(memory[offset : offset + size])
+        return places
+
+    def _payload(self, found: Header, deadline: Deadline) -> bytes:
+        """Of a control frame, all of it in time."""
+        data = memoryview(bytearray(found.length))
+        self._socket.receive_into(data, until=deadline.remaining)
+        return bytes(data)
 
     def _answer(self, expected: Kind) -> store_pb2.PutResponse:
         found = self._socket.receive(expected, Kind.END)
@@ -173,19 +224,32 @@ class BulkConnection:
         if ended.status:
             raise from_status(_STATUS.get(ended.status, grpc.StatusCode.UNKNOWN), ended.details, self.node)
 
-    @contextmanager
-    def _failures(self, deadline: Deadline) -> Iterator[None]:
+    def _failures(self, deadline: Deadline) -> _Failures:
         self._socket.limit(deadline.remaining())
-        try:
-            yield
-        except ConnectionEnded as error:
-            if deadline.remaining() <= 0:  # it was shut down for that
-                raise DeadlineExceeded("the node did not answer in time", node=self.node) from None
-            raise Unavailable("the bulk connection ended", node=self.node, details=str(error)) from None
-        except NoProgress:
-            raise DeadlineExceeded("the node did not answer in time", node=self.node) from None
-        except (BadFrame, DecodeError) as error:
-            raise ProtocolViolation("the bulk path was answered out of place", node=self.node, details=str(error)
+        return _Failures(self.node, deadline)
+
+
+class _Failures:
+    """Makes typed errors of what a socket raises inside."""
+
+    __slots__ = ("_deadline", "_node")
+
+    def __init__(self, node: str, deadline: Deadline) -> None:
+        self._node, self._deadline = node, deadline
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, NoProgress) or (isinstance(error, ConnectionEnded) and self._deadline.remaining() <= 0):
+            # It may have been shut down for that.
+            raise DeadlineExceeded("the node did not answer in time", node=self._node) from None
+        if isinstance(error, ConnectionEnded):
+            raise Unavailable("the bulk connection ended", node=self._node, details=str(error)) from None
+        if isinstance(error, BadFrame | DecodeError):
+            raise ProtocolViolation("the bulk path was answered out of place", node=self._node, details=str(error)
                                     ) from None  # fmt: skip
 
 

@@ -28,6 +28,7 @@ Transport = Literal["auto", "grpc", "tcp", "unix", "shm"]
 TRANSPORTS: tuple[str, ...] = get_args(Transport)
 ATTEMPT_S = 2.0  # at finding a way
 AGAIN_S = 5.0  # after which a way that failed is looked for again
+ASK_AGAIN_S = 0.2  # after which a node that could not even be asked is asked again: it may be back
 UNUSED_MAX = 4  # connections kept open
 UNUSED_S_MAX = 120.0  # less than a node's patience
 LATE_S = 0.01  # a thread that gives up by itself says why
@@ -42,14 +43,15 @@ def checked_transport(transport: str) -> Transport:
 
 
 class BulkPath:
-    """Belongs to an event loop; `executor`: threads that connections block, `buffers`: what they receive into.
+    """Belongs to an event loop; `executor`: threads that connections block, `gets`: those of whole gets, which may wait
+    for what the others do; `buffers`: what they receive into.
     `on_failure` is told of each failure."""
 
     def __init__(
-        self, seed: str, channel: grpc.aio.Channel, transport: Transport, executor: Executor,
+        self, seed: str, channel: grpc.aio.Channel, transport: Transport, executor: Executor, gets: Executor,
         on_failure: Callable[[KvClientError], None],
     ) -> None:  # fmt: skip
-        self.executor, self.buffers = executor, Buffers()
+        self.executor, self.gets, self.buffers = executor, gets, Buffers()
         self._seed, self._transport, self._on_failure = seed, transport, on_failure
         self._stub = TransferStub(channel)  # type: ignore[no-untyped-call]
         self._unused: list[tuple[float, BulkConnection]] = []
@@ -61,7 +63,7 @@ class BulkPath:
 
     async def take(self, deadline: Deadline) -> BulkConnection | None:
         """A connection for one request, None where gRPC has to do. A transport that was asked for by name is waited
-        for, the best of all is not."""
+        for, at most half of the time that is left; the best of all is not."""
         if self._transport == "grpc" or self._closed:
             return None
         while self._unused:
@@ -78,7 +80,7 @@ class BulkPath:
         if self._finding is None and time.monotonic() >= self._not_before:
             self._finding = asyncio.get_running_loop().create_task(self._find())
         if self._finding is not None and self._transport != "auto":
-            await asyncio.wait([self._finding], timeout=deadline.remaining())
+            await asyncio.wait([self._finding], timeout=deadline.share(2))
             if self._unused:
                 return self._unused.pop()[1]
         return None
@@ -104,10 +106,12 @@ class BulkPath:
             self._finding.cancel()
             await asyncio.wait([self._finding])
 
-    def start(self, connection: BulkConnection, call: Callable[[], R], deadline: Deadline) -> asyncio.Future[R]:
+    def start(
+        self, connection: BulkConnection, call: Callable[[], R], deadline: Deadline, executor: Executor | None = None
+    ) -> asyncio.Future[R]:
         """A blocking call of `connection` on a thread. At the deadline it ends, or never begins (then the future is
         cancelled); it is not to be cancelled itself."""
-        work = self.executor.submit(call)
+        work = (executor or self.executor).submit(call)
 
         def give_up() -> None:
             if not work.cancel():
@@ -137,9 +141,13 @@ class BulkPath:
         """Tries the node's ways, best first; the first that works is taken from now on."""
         deadline = Deadline(ATTEMPT_S)
         error: KvClientError | None = None
+        again_s = ASK_AGAIN_S
         try:
             answer = await self._ask(deadline)
-            for address in _in_order(answer.addresses, self._transport, self._seed) if answer.version else ():
+            again_s = AGAIN_S
+            for address in (
+                _in_order(answer.addresses, self._transport, self._seed) if answer.version == VERSION else ()
+            ):
                 try:
                     connection = await self._connect(address, deadline)
                 except KvClientError as problem:
@@ -152,7 +160,7 @@ class BulkPath:
             error = problem
         finally:
             self._finding = None
-            self._not_before = time.monotonic() + AGAIN_S
+            self._not_before = time.monotonic() + again_s
         if error is not None:
             self._on_failure(error)
 
@@ -170,7 +178,11 @@ class BulkPath:
                     raise
             return connection
 
-        connection = await asyncio.get_running_loop().run_in_executor(self.executor, connect)
+        connecting = asyncio.get_running_loop().run_in_executor(self.executor, connect)
+        try:
+            connection = await asyncio.wait_for(connecting, deadline.remaining() + LATE_S)
+        except asyncio.TimeoutError:  # such as where no thread is free; a connection that comes late is dropped
+            raise DeadlineExceeded("the node did not answer in time", node=self._seed) from None
         self._memory = connection.memory
         return connection
 

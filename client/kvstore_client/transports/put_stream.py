@@ -48,12 +48,12 @@ class PutStream:
 
     async def write(self, message: Framed[Any]) -> None:
         try:
-            await self._call.write(message)
+            await self._while_it_lasts(self._call.write(message))
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             raise await self._ended_by() from None
 
     async def done_writing(self) -> None:
-        await self._call.done_writing()
+        await self._while_it_lasts(self._call.done_writing())
 
     async def answer(self, kind: str) -> pb.PutResponse:
         """The node's next message, which must be of this kind. Raises ProtocolViolation or the call's error."""
@@ -80,6 +80,21 @@ class PutStream:
         self._call.cancel()
         self._ahead.cancel()
         self._ahead.add_done_callback(_seen)
+
+    async def _while_it_lasts(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Sends. Raises the call's error as soon as it has ended: gRPC itself lets go of what it is sending only when
+        the connection takes it or is given up, seconds later where the peer reads nothing more."""
+        task = asyncio.ensure_future(sending)
+        task.add_done_callback(_seen)  # where nobody waits for it any more
+        try:
+            ends: list[asyncio.Future[Any]] = [task, self._status]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not task.done():
+                task.cancel()
+        if not task.done():
+            raise from_status(*self._status.result(), self._node.address)
+        task.result()
 
     async def _ended_by(self) -> KvClientError:
         """The error of a call that has ended."""

@@ -13,7 +13,8 @@ from kvstore_proto.v1 import store_pb2 as pb
 @dataclass(frozen=True)
 class Wanted:
     """`chunks` of a prompt at `quality`, none of an effective quality under `min_quality`. `first_chunk`: hash of the
-    prompt's first chunk, where it is not among them."""
+    prompt's first chunk, where it is not among them. `held_bytes`: of each chunk's object, what is here already and
+    need not travel; empty: nothing."""
 
     layout: KVLayout
     part: int
@@ -21,10 +22,11 @@ class Wanted:
     quality: Quality
     min_quality: Quality
     first_chunk: bytes = b""
+    held_bytes: Sequence[int] = ()
 
     def request(self, lease_id: bytes) -> pb.FetchRequest:
         return pb.FetchRequest(
             namespace_id=self.layout.namespace_id, chunk_hashes=b"".join(chunk.hash for chunk in self.chunks),
             part=self.part, quality=self.quality, lease_id=lease_id,
-            first_chunk_hash=self.first_chunk,
+            first_chunk_hash=self.first_chunk, held_bytes=self.held_bytes,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -18,6 +18,7 @@ from kvstore.engine.node import Node, Offer, Result, Stage
 from kvstore.errors import Code, InvalidRequest, KvStoreError
 from kvstore.service import requests, wire
 from kvstore.service.boundary import Boundary
+from kvstore.service.bulk.fetches import Fetches
 from kvstore.service.status import STATUS_OF_CODE
 from kvstore.service.streams import StreamMetrics
 from kvstore_codec import Quality
@@ -25,7 +26,7 @@ from kvstore_proto.v1 import store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import BadFrame, Kind
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 
-#: What is read ahead of the socket, and made room for ahead of it: two of these at most are held.
+#: What is made room for ahead of the socket.
 BATCH_BYTES = 16 << 20
 #: A connection that nobody asks anything is closed.
 UNUSED_S_MAX = 300.0
@@ -42,6 +43,7 @@ class Connection:
         self._node, self._socket, self._loop, self._boundary = node, socket, loop, boundary
         self._metrics, self._local = metrics, local
         self._stream_idle_s, self._hold_ms_max = stream_idle_s, hold_ms_max
+        self._fetches = Fetches(node, socket, self._start, metrics)
         self._shared = False
 
     def run(self) -> None:
@@ -50,10 +52,12 @@ class Connection:
             self._socket.send(Kind.WELCOME, 0)
             while True:
                 self._socket.limit(UNUSED_S_MAX)
-                asked = self._socket.receive(Kind.FETCH, Kind.OFFER, Kind.MAP)
+                asked = self._socket.receive(Kind.GET, Kind.FETCH, Kind.OFFER, Kind.MAP)
                 self._socket.limit(self._stream_idle_s)
                 payload = self._socket.payload(asked)
-                if asked.kind is Kind.FETCH:
+                if asked.kind is Kind.GET:
+                    self._answered("BulkGet", lambda: self._get(payload))  # noqa: B023
+                elif asked.kind is Kind.FETCH:
                     self._answered("BulkFetch", lambda: self._fetch(payload))  # noqa: B023
                 elif asked.kind is Kind.OFFER:
                     self._answered("BulkPut", lambda: self._put(payload))  # noqa: B023
@@ -90,38 +94,21 @@ class Connection:
 
     def _fetch(self, payload: bytes) -> None:
         asked = transfer_pb2.BulkFetch.FromString(payload)
-        keys, quality, first_chunk = requests.fetch(asked.request)
-        places = asked.places and self._shared
-        held: list[memoryview] = []
-        for index, stored in enumerate(self._objects(self._node.read_chain(keys, quality, first_chunk))):
-            offset = self._node.place_of(stored) if places else None
-            if offset is None:
-                self._socket.send(Kind.OBJECT, index, stored)
-            else:
-                held.append(stored)
-                place = transfer_pb2.Place(offset=offset, object_bytes=len(stored))
-                self._socket.send(Kind.PLACE, index, place.SerializeToString())
-            self._metrics.fetched_bytes.inc(len(stored))
-        self._socket.send(Kind.END, 0, transfer_pb2.Ended().SerializeToString())
-        if held:
-            # The end of its time frees the memory: what is read after it is not confirmed, and counts for nothing.
-            self._socket.limit(min(asked.hold_ms, self._hold_ms_max) / 1000)
-            self._socket.receive(Kind.RELEASE)
-            self._socket.limit(self._stream_idle_s)
-            self._socket.send(Kind.RELEASED, 0)
+        self._hold(self._fetches.fetch(asked, places=asked.places and self._shared), asked.hold_ms)
 
-    def _objects(self, objects: AsyncGenerator[memoryview, None]) -> Iterator[memoryview]:
-        """What is stored of a chain; while one batch is on its way, the next is read."""
-        upcoming = self._start(_batch(objects, 1))  # the first alone, at once
-        try:
-            while batch := upcoming.result():
-                upcoming = self._start(_batch(objects, BATCH_BYTES))
-                while batch:
-                    yield batch.pop(0)
-        finally:
-            upcoming.cancel()
-            concurrent.futures.wait([upcoming])
-            self._start(objects.aclose()).result()
+    def _get(self, payload: bytes) -> None:
+        asked = transfer_pb2.BulkGet.FromString(payload)
+        self._hold(self._fetches.get(asked, places=asked.places and self._shared), asked.hold_ms)
+
+    def _hold(self, held: list[memoryview], hold_ms: int) -> None:
+        """Keeps what the client reads in place."""
+        if not held:
+            return
+        # The end of its time frees the memory: what is read after it is not confirmed, and counts for nothing.
+        self._socket.limit(min(hold_ms, self._hold_ms_max) / 1000)
+        self._socket.receive(Kind.RELEASE)
+        self._socket.limit(self._stream_idle_s)
+        self._socket.send(Kind.RELEASED, 0)
 
     def _put(self, payload: bytes) -> None:
         offer = requests.put_offer(store_pb2.PutRequest.FromString(payload))
@@ -173,15 +160,6 @@ class Connection:
 
 class _Refused(Exception):
     """The peer has been told why."""
-
-
-async def _batch(objects: AsyncGenerator[memoryview, None], bytes_max: int) -> list[memoryview]:
-    batch: list[memoryview] = []
-    size = 0
-    while size < bytes_max and (stored := await anext(objects, None)) is not None:
-        batch.append(stored)
-        size += len(stored)
-    return batch
 
 
 async def _offered(node: Node, offer: store_pb2.PutOffer, offers: Sequence[Offer]) -> Stage:

@@ -7,8 +7,10 @@ A frame is a header of 16 bytes, little-endian, and its payload:
 A connection starts with the client's HELLO: "KVSB", the version (u16) and the 32 bytes of a ticket from
 `Transfer.Connect`. The node answers WELCOME or closes. Then the client asks, one request at a time:
 
-    FETCH   a BulkFetch   → OBJECT* (index: of the chunk; the object) or PLACE* (a Place), then END (an Ended);
-                            after places, RELEASE by the client → RELEASED: what was read until then was in place
+    FETCH   a BulkFetch   → OBJECT (index: of the chunk; the object) or PLACES (index: of the first chunk; a Places), in
+                            the order asked for, then END (an Ended); after places, RELEASE by the client → RELEASED:
+                            what was read until then was in place
+    GET     a BulkGet     → FOUND (a LookupResponse), then as of FETCH; or END alone
     OFFER   a PutOffer    → VERDICTS (a PutResponse) or END; then by the client OBJECT* (index: of the offer) and COMMIT
                           → RESULTS (a PutResponse) or END
     MAP     unix sockets  → MAPPED (a SharedMemory) with the descriptor of the node's memory, or END
@@ -22,7 +24,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-VERSION = 1
+VERSION = 2
 TICKET_BYTES = 32
 CONTROL_BYTES_MAX = 4 << 20  # of a payload that is no object
 _HEADER = struct.Struct("<B3xIQ")
@@ -37,7 +39,7 @@ class Kind(IntEnum):
     WELCOME = 2
     FETCH = 3
     OBJECT = 4
-    PLACE = 5
+    PLACES = 5
     END = 6
     RELEASE = 7
     RELEASED = 8
@@ -47,6 +49,8 @@ class Kind(IntEnum):
     RESULTS = 12
     MAP = 13
     MAPPED = 14
+    GET = 15
+    FOUND = 16
 
 
 class Header(NamedTuple):

@@ -13,12 +13,14 @@ import os
 import socket
 import ssl
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from kvstore_proto.v1.bulk import HEADER_BYTES, BadFrame, Header, Kind, header, parse_header
 
 #: Of a TLS record's plaintext there are at most 16 KiB; writes of this size keep them whole and memory bounded.
 TLS_WRITE_BYTES = 1 << 20
+_VECTOR_MAX = 1024  # buffers that the kernel takes in one call
 _TIMEVAL = struct.Struct("@ll")
 
 
@@ -38,6 +40,7 @@ class BulkSocket:
         self._tls = isinstance(sock, ssl.SSLSocket)
         self._waitall = 0 if self._tls else socket.MSG_WAITALL
         self._buffer = memoryview(bytearray(HEADER_BYTES))
+        self._limit_s = 0.0
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -45,8 +48,12 @@ class BulkSocket:
         self.limit(limit_s)
 
     def limit(self, seconds: float) -> None:
-        """How long the peer may make no progress in each call from now on."""
+        """How long the peer may make no progress in each call from now on. What was set before stays where it is at
+        most a tenth more."""
         seconds = max(seconds, 0.001)  # 0 would be for ever
+        if 0.9 * self._limit_s <= seconds <= self._limit_s:
+            return
+        self._limit_s = seconds
         if self._tls:
             self._socket.settimeout(seconds)
             return
@@ -60,8 +67,7 @@ class BulkSocket:
         with _failures():
             if self._tls:
                 self._socket.sendall(header(kind, index, len(payload)))
-                for first in range(0, len(payload), TLS_WRITE_BYTES):
-                    self._socket.sendall(payload[first : first + TLS_WRITE_BYTES])
+                self._send_tls(payload)
                 return
             self._socket.sendall(header(kind, index, len(payload)), socket.MSG_MORE if len(payload) else 0)
             if len(payload):
@@ -71,6 +77,17 @@ class BulkSocket:
         """Frames that are complete as they are. Raises as `send`."""
         with _failures():
             self._socket.sendall(data)
+
+    def send_buffers(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Frames that are complete, in pieces, as few system calls as can be. Raises as `send`."""
+        left = [memoryview(each) for each in buffers if len(each)]
+        with _failures():
+            if self._tls:
+                for each in left:
+                    self._send_tls(each)
+                return
+            while left:
+                left = _behind(left, self._socket.sendmsg(left[:_VECTOR_MAX]))
 
     def receive(self, *expected: Kind) -> Header:
         """The next frame's header. Raises ConnectionEnded, NoProgress, BadFrame (also for a kind not expected)."""
@@ -134,6 +151,10 @@ class BulkSocket:
             for descriptor in descriptors:
                 os.close(descriptor)
 
+    def _send_tls(self, data: bytes | memoryview) -> None:
+        for first in range(0, len(data), TLS_WRITE_BYTES):
+            self._socket.sendall(data[first : first + TLS_WRITE_BYTES])
+
     def shutdown(self) -> None:
         """From any thread: every call under way or to come ends. Idempotent."""
         with contextlib.suppress(OSError):
@@ -143,11 +164,28 @@ class BulkSocket:
         self._socket.close()
 
 
-@contextlib.contextmanager
-def _failures() -> Iterator[None]:
-    try:
-        yield
-    except (BlockingIOError, TimeoutError):
-        raise NoProgress from None
-    except (ssl.SSLError, OSError) as error:
-        raise ConnectionEnded(str(error)) from None
+def _behind(views: list[memoryview], moved: int) -> list[memoryview]:
+    """What is left of `views` after their first `moved` bytes."""
+    whole = 0
+    while whole < len(views) and moved >= len(views[whole]):
+        moved -= len(views[whole])
+        whole += 1
+    left = views[whole:]
+    if moved:
+        left[0] = left[0][moved:]
+    return left
+
+
+class _failures:  # noqa: N801
+    """A context manager; a generator would take longer than some of the calls inside."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, BlockingIOError | TimeoutError):
+            raise NoProgress from None
+        if isinstance(error, OSError):  # of TLS too
+            raise ConnectionEnded(str(error)) from None

@@ -18,7 +18,8 @@ from google.protobuf.message import Message
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1 import store_pb2_grpc as pb_grpc
 
-DATA_BYTES_MAX = 1 << 20  # of `data` in one message
+#: Of `data` in one message: 1 MiB of KV with its header and checksums is one message, not one and a bit.
+DATA_BYTES_MAX = (1 << 20) + (1 << 16)
 MESSAGE_BYTES_MAX = DATA_BYTES_MAX + (3 << 20)  # an offer with a 1 MB layout and 2048 objects fits as well
 HASHES_MAX = 4096  # chunks in one Lookup, Fetch, Delete, Verify or Evict: 1 M tokens at 256 a chunk
 OFFERED_OBJECTS_MAX = 2048  # in one PutOffer

@@ -98,20 +98,22 @@ class RenewResponse(_message.Message):
     def __init__(self, lease_ms: _Optional[int] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id", "first_chunk_hash")
+    __slots__ = ("namespace_id", "chunk_hashes", "part", "quality", "lease_id", "held_bytes", "first_chunk_hash")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CHUNK_HASHES_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
     QUALITY_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
+    HELD_BYTES_FIELD_NUMBER: _ClassVar[int]
     FIRST_CHUNK_HASH_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     chunk_hashes: bytes
     part: int
     quality: int
     lease_id: bytes
+    held_bytes: _containers.RepeatedScalarFieldContainer[int]
     first_chunk_hash: bytes
-    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., lease_id: _Optional[bytes] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, namespace_id: _Optional[bytes] = ..., chunk_hashes: _Optional[bytes] = ..., part: _Optional[int] = ..., quality: _Optional[int] = ..., lease_id: _Optional[bytes] = ..., held_bytes: _Optional[_Iterable[int]] = ..., first_chunk_hash: _Optional[bytes] = ...) -> None: ...
 
 class FetchResponse(_message.Message):
     __slots__ = ("chunk_index", "object_bytes", "offset", "data")
@@ -234,7 +236,7 @@ class StatRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatResponse(_message.Message):
-    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes", "upstreams")
+    __slots__ = ("version", "node_id", "uptime_seconds", "objects", "namespaces", "leases", "staged_objects", "staged_bytes", "tiers", "counters", "pinned_bytes", "upstreams", "unix_seconds")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -254,6 +256,7 @@ class StatResponse(_message.Message):
     COUNTERS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPSTREAMS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_SECONDS_FIELD_NUMBER: _ClassVar[int]
     version: str
     node_id: str
     uptime_seconds: float
@@ -266,7 +269,8 @@ class StatResponse(_message.Message):
     counters: _containers.ScalarMap[str, int]
     pinned_bytes: int
     upstreams: _containers.RepeatedCompositeFieldContainer[UpstreamStat]
-    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ..., upstreams: _Optional[_Iterable[_Union[UpstreamStat, _Mapping]]] = ...) -> None: ...
+    unix_seconds: float
+    def __init__(self, version: _Optional[str] = ..., node_id: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., objects: _Optional[int] = ..., namespaces: _Optional[int] = ..., leases: _Optional[int] = ..., staged_objects: _Optional[int] = ..., staged_bytes: _Optional[int] = ..., tiers: _Optional[_Iterable[_Union[TierStat, _Mapping]]] = ..., counters: _Optional[_Mapping[str, int]] = ..., pinned_bytes: _Optional[int] = ..., upstreams: _Optional[_Iterable[_Union[UpstreamStat, _Mapping]]] = ..., unix_seconds: _Optional[float] = ...) -> None: ...
 
 class UpstreamStat(_message.Message):
     __slots__ = ("address", "state")

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvstore_proto.v1 import store_pb2 as kvstore__proto_dot_v1_dot_store__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkvstore_proto/v1/transfer.proto\x12\nkvstore.v1\x1a\x1ckvstore_proto/v1/store.proto\"!\n\x0e\x43onnectRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\"X\n\x0f\x43onnectResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\tticket_ms\x18\x03 \x01(\r\x12\x11\n\taddresses\x18\x04 \x03(\t\"W\n\tBulkFetch\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvstore.v1.FetchRequest\x12\x0e\n\x06places\x18\x02 \x01(\x08\x12\x0f\n\x07hold_ms\x18\x03 \x01(\r\"-\n\x05Place\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x14\n\x0cobject_bytes\x18\x02 \x01(\x04\"6\n\x05\x45nded\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\t\"\x1d\n\x0cSharedMemory\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x32N\n\x08Transfer\x12\x42\n\x07\x43onnect\x12\x1a.kvstore.v1.ConnectRequest\x1a\x1b.kvstore.v1.ConnectResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fkvstore_proto/v1/transfer.proto\x12\nkvstore.v1\x1a\x1ckvstore_proto/v1/store.proto\"!\n\x0e\x43onnectRequest\x12\x0f\n\x07version\x18\x01 \x01(\r\"X\n\x0f\x43onnectResponse\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x11\n\tticket_ms\x18\x03 \x01(\r\x12\x11\n\taddresses\x18\x04 \x03(\t\"W\n\tBulkFetch\x12)\n\x07request\x18\x01 \x01(\x0b\x32\x18.kvstore.v1.FetchRequest\x12\x0e\n\x06places\x18\x02 \x01(\x08\x12\x0f\n\x07hold_ms\x18\x03 \x01(\r\"{\n\x07\x42ulkGet\x12)\n\x06lookup\x18\x01 \x01(\x0b\x32\x19.kvstore.v1.LookupRequest\x12\x0f\n\x07quality\x18\x02 \x01(\r\x12\x13\n\x0bmin_quality\x18\x03 \x01(\r\x12\x0e\n\x06places\x18\x04 \x01(\x08\x12\x0f\n\x07hold_ms\x18\x05 \x01(\r\".\n\x06Places\x12\x0e\n\x06offset\x18\x01 \x03(\x04\x12\x14\n\x0cobject_bytes\x18\x02 \x03(\x04\"6\n\x05\x45nded\x12\x0e\n\x06status\x18\x01 \x01(\r\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0f\n\x07\x64\x65tails\x18\x03 \x01(\t\"\x1d\n\x0cSharedMemory\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x32N\n\x08Transfer\x12\x42\n\x07\x43onnect\x12\x1a.kvstore.v1.ConnectRequest\x1a\x1b.kvstore.v1.ConnectResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,12 +38,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONNECTRESPONSE']._serialized_end=200
   _globals['_BULKFETCH']._serialized_start=202
   _globals['_BULKFETCH']._serialized_end=289
-  _globals['_PLACE']._serialized_start=291
-  _globals['_PLACE']._serialized_end=336
-  _globals['_ENDED']._serialized_start=338
-  _globals['_ENDED']._serialized_end=392
-  _globals['_SHAREDMEMORY']._serialized_start=394
-  _globals['_SHAREDMEMORY']._serialized_end=423
-  _globals['_TRANSFER']._serialized_start=425
-  _globals['_TRANSFER']._serialized_end=503
+  _globals['_BULKGET']._serialized_start=291
+  _globals['_BULKGET']._serialized_end=414
+  _globals['_PLACES']._serialized_start=416
+  _globals['_PLACES']._serialized_end=462
+  _globals['_ENDED']._serialized_start=464
+  _globals['_ENDED']._serialized_end=518
+  _globals['_SHAREDMEMORY']._serialized_start=520
+  _globals['_SHAREDMEMORY']._serialized_end=549
+  _globals['_TRANSFER']._serialized_start=551
+  _globals['_TRANSFER']._serialized_end=629
 # @@protoc_insertion_point(module_scope)

@@ -35,13 +35,27 @@ class BulkFetch(_message.Message):
     hold_ms: int
     def __init__(self, request: _Optional[_Union[_store_pb2.FetchRequest, _Mapping]] = ..., places: bool = ..., hold_ms: _Optional[int] = ...) -> None: ...
 
-class Place(_message.Message):
+class BulkGet(_message.Message):
+    __slots__ = ("lookup", "quality", "min_quality", "places", "hold_ms")
+    LOOKUP_FIELD_NUMBER: _ClassVar[int]
+    QUALITY_FIELD_NUMBER: _ClassVar[int]
+    MIN_QUALITY_FIELD_NUMBER: _ClassVar[int]
+    PLACES_FIELD_NUMBER: _ClassVar[int]
+    HOLD_MS_FIELD_NUMBER: _ClassVar[int]
+    lookup: _store_pb2.LookupRequest
+    quality: int
+    min_quality: int
+    places: bool
+    hold_ms: int
+    def __init__(self, lookup: _Optional[_Union[_store_pb2.LookupRequest, _Mapping]] = ..., quality: _Optional[int] = ..., min_quality: _Optional[int] = ..., places: bool = ..., hold_ms: _Optional[int] = ...) -> None: ...
+
+class Places(_message.Message):
     __slots__ = ("offset", "object_bytes")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     OBJECT_BYTES_FIELD_NUMBER: _ClassVar[int]
-    offset: int
-    object_bytes: int
-    def __init__(self, offset: _Optional[int] = ..., object_bytes: _Optional[int] = ...) -> None: ...
+    offset: _containers.RepeatedScalarFieldContainer[int]
+    object_bytes: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, offset: _Optional[_Iterable[int]] = ..., object_bytes: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Ended(_message.Message):
     __slots__ = ("status", "code", "details")

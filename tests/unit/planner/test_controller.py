@@ -20,10 +20,10 @@ MBYTE = 1_000_000
 Link = Callable[[float], float]  # bytes a second at a time
 
 
-def task(ttft_s: float, recompute_s: float) -> Task:
-    chunks = [Chunk(256 * i, 256, 1000, {LOW: MBYTE, MEDIUM: 1_600_000, HIGH: 2_200_000}) for i in range(CHUNKS)]
-    each = recompute_s / CHUNKS
-    return Task(chunks, [each * (CHUNKS - i) for i in range(CHUNKS + 1)], 256 * CHUNKS, ttft_s)
+def task(ttft_s: float, recompute_s: float, chunks: int = CHUNKS) -> Task:
+    stored = [Chunk(256 * i, 256, 1000, {LOW: MBYTE, MEDIUM: 1_600_000, HIGH: 2_200_000}) for i in range(chunks)]
+    each = recompute_s / chunks
+    return Task(stored, [each * (chunks - i) for i in range(chunks + 1)], 256 * chunks, ttft_s)
 
 
 def peer(rate: float | None) -> PeerEstimates:
@@ -38,15 +38,20 @@ def controller(ttft_s: float, recompute_s: float, rate: float | None) -> Control
     return Controller(task(ttft_s, recompute_s), peer(rate), DecodeEstimates(1), 0.0)
 
 
-def drive(control: Controller, of: Task, link: Link, tick_s: float = 1e-3) -> tuple[float, list[Quality]]:
-    """(when all is there, what was fetched) over a link whose rate is looked at every tick."""
-    now = 0.0
+def drive(
+    control: Controller, of: Task, link: Link, tick_s: float = 1e-3, message_bytes: int = 1, begin_s: float = 0.0
+) -> tuple[float, list[Quality]]:
+    """(when all is there, what was fetched) over a link whose rate is looked at every tick. `message_bytes`: what is
+    seen of a chunk before it is whole is a multiple of that."""
+    now = begin_s
     fetched: list[Quality] = []
     while (step := control.step(now)) is not None:
         for index in range(step.first, step.last):
             quality, begin, came = of.chunks[index].no_better_than(step.quality), now, 0.0
             while came < of.chunks[index].bytes_at[quality]:
-                if now >= control.give_up_at and not control.late(int(came), now - begin, now):
+                if now >= control.give_up_at and not control.late(
+                    int(came // message_bytes) * message_bytes, now - begin, now
+                ):
                     return now + of.recompute_s[len(fetched)], fetched
                 came += tick_s * link(now)
                 now += tick_s
@@ -102,6 +107,23 @@ def test_a_link_that_dies_costs_little_more_than_recomputing() -> None:
     assert 0 < len(fetched) < CHUNKS
     assert ttft_s <= 4.0 * (1 + SLOWER_MAX) + 0.01
     assert control.step(10.0) is None
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 8, 16])
+@pytest.mark.parametrize("share", [0.9, 1.0, 1.5])
+def test_a_link_too_slow_to_show_a_byte_is_soon_not_asked_any_more(share: float, chunks: int) -> None:
+    """All that a get that gave up knows then is a bound, which is no speed to plan the next one with."""
+    of, seen, decode = task(share, 1.0, chunks), peer(None), DecodeEstimates(1)
+    asked = 0
+    for get in range(20):
+        control = Controller(of, seen, decode, 2.0 * get)
+        if control.step(2.0 * get) is None:
+            break
+        asked += 1
+        control = Controller(of, seen, decode, 2.0 * get)
+        _, fetched = drive(control, of, lambda _: 1e5, message_bytes=MBYTE, begin_s=2.0 * get)
+        assert not fetched
+    assert asked <= 6
 
 
 @settings(max_examples=60)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvstore_client.planner.estimates import LINK_PRIOR, DecodeEstimates, LatencyEstimate, RateEstimate
+from kvstore_client.planner.estimates import DECODE_PRIORS, LINK_PRIOR, DecodeEstimates, LatencyEstimate, RateEstimate
 from kvstore_codec import Quality
 
 MBYTE = 1e6
@@ -91,8 +91,17 @@ def test_latency_is_the_median_of_the_last_ones() -> None:
 
 def test_decoding_is_learnt_by_quality_for_all_threads() -> None:
     decode = DecodeEstimates(threads=2)
-    before = decode.expected(0.0)
     decode.observe(Quality.LOW, 1000, 1e-3, 0.0)
+    decode.observe(Quality.HIGH, 3000, 1e-3, 0.0)
+    assert decode.expected(0.0)[Quality.LOW] == pytest.approx(2e6)
+    assert decode.expected(0.0)[Quality.HIGH] == pytest.approx(6e6)
+
+
+def test_a_slow_machine_is_slow_at_qualities_that_were_not_measured_too() -> None:
+    decode = DecodeEstimates(threads=2)
+    before = decode.expected(0.0)
+    for _ in range(3):
+        decode.observe(Quality.MEDIUM, 1000, 10 * 1000 / DECODE_PRIORS[Quality.MEDIUM], 0.0)
     after = decode.expected(0.0)
-    assert after[Quality.LOW] == pytest.approx(2e6)
-    assert after[Quality.HIGH] == before[Quality.HIGH]
+    for quality in Quality:
+        assert after[quality] == pytest.approx(before[quality] / 10)
