@@ -1,7 +1,8 @@
 """How long the connector's hooks hold up the engine's steps, by a stopwatch around each of them.
 
-The calls that count are those made while a load is under way: the engine then does nothing but turn, and every
-microsecond of a hook is taken from the threads that load.
+The calls that count are those made while a load is under way, when the engine does nothing but turn and every
+microsecond of a hook is taken from the threads that load; all questions for what can be loaded; and, by a name of their
+own, the steps that copy KV out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ HOOKS = (
     "get_num_new_matched_tokens", "build_connector_meta", "update_connector_output", "start_load_kv", "wait_for_save",
     "get_finished", "get_block_ids_with_load_errors",
 )  # fmt: skip
+SAVING = "wait_for_save"
 
 
 class HookTimes:
@@ -51,12 +53,13 @@ class HookTimes:
 
     def _timed(self, name: str, hook: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*arguments: Any, **named: Any) -> Any:
-            pending = any(worker.loading for worker in self._workers)
+            saves = name == SAVING and bool(arguments[0]._work.saves)
+            counts = saves or name == HOOKS[0] or any(worker.loading for worker in self._workers)
             began = time.perf_counter()
             try:
                 return hook(*arguments, **named)
             finally:
-                if pending:
-                    self._seconds[name].append(time.perf_counter() - began)
+                if counts:
+                    self._seconds[f"{name}, saving" if saves else name].append(time.perf_counter() - began)
 
         return timed

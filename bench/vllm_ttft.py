@@ -20,7 +20,7 @@ from typing import Any
 from node_process import NodeProcess
 from smollm2 import CACHE, TEXT
 from transformers import AutoTokenizer
-from vllm_engine import BLOCK_TOKENS, EngineProcess, kv_transfer
+from vllm_engine import BLOCK_TOKENS, DTYPE, EngineProcess, kv_transfer
 
 from kvstore.demo import model
 
@@ -77,14 +77,15 @@ def measured(folder: Path, rounds: int, tokens: int, quality: str, plain: bool) 
             engine.kill()
         node.kill()
     return {
-        "tokens": tokens, "restored": restored, "rounds": rounds, "quality": quality, "hooks": hooks,
+        "dtype": DTYPE, "tokens": tokens, "restored": restored, "rounds": rounds, "quality": quality, "hooks": hooks,
         "seconds": {way: measured_s[1:] for way, measured_s in seconds.items()},
     }  # fmt: skip
 
 
 def show(found: dict[str, Any]) -> None:
     cold = statistics.median(found["seconds"]["cold"])
-    print(f"{found['tokens']} tokens, {found['restored']} restored, {found['quality']}, {found['rounds']} prompts")
+    print(f"{found['tokens']} tokens, {found['restored']} restored, {found['rounds']} prompts")
+    print(f"{found['dtype']}, {found['quality']}\n")
     print("| | TTFT s (median) | least | most | cold ÷ this |\n|---|---|---|---|---|")
     for way, seconds in found["seconds"].items():
         median = statistics.median(seconds)

@@ -3,7 +3,7 @@
     python examples/vllm/offload.py ADDRESS [MODEL]
 
 `run.sh` beside it starts a node and runs this twice. MODEL is a folder; by default SmolLM2-135M-Instruct out of the
-package that `make vllm-setup` installs.
+package that `make vllm-setup` installs. On a CPU without AVX-512 set DTYPE=float32: bfloat16 is slow there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 
 os.environ.update(
-    HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
-)
+    HF_HUB_OFFLINE="1", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_LOGGING_LEVEL="ERROR",
+)  # fmt: skip
 
 from vllm import LLM, SamplingParams  # reads the environment
 
@@ -28,7 +29,8 @@ def main() -> None:
     address = sys.argv[1]
     folder = sys.argv[2] if len(sys.argv) > 2 else str(model.model_folder(Path(".cache/models")))
     llm = LLM(
-        model=folder, max_model_len=4096, enforce_eager=True, dtype="bfloat16", disable_log_stats=True,
+        model=folder, dtype=os.environ.get("DTYPE", "auto"), max_model_len=4096, enforce_eager=True,
+        disable_log_stats=True,
         kv_transfer_config={
             "kv_connector": "KVStoreConnector",
             "kv_connector_module_path": "kvstore_client.integrations.vllm",

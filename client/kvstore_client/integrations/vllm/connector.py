@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     SupportsHMA,
 )
+from vllm.logger import init_logger
 
 from kvstore_client.client import Client
 from kvstore_client.errors import InvalidArgument
@@ -27,7 +28,8 @@ from kvstore_client.integrations.vllm.metrics import connector_metrics
 from kvstore_client.integrations.vllm.scheduler import SchedulerSide
 from kvstore_client.integrations.vllm.work import Load, Save
 from kvstore_client.integrations.vllm.worker import WorkerSide
-from kvstore_client.metrics import log
+
+log = init_logger("vllm.kvstore")  # vLLM shows what is under its own name
 
 
 @dataclass
