@@ -31,6 +31,7 @@ from pydantic import (
 
 from kvstore.engine.upstream_config import UpstreamConfig
 from kvstore.errors import ConfigError
+from kvstore.service.tls_config import TlsConfig
 from kvstore.tiers.redis_config import SECRET_KEYS, RedisConfig
 
 if sys.version_info >= (3, 11):
@@ -39,9 +40,14 @@ else:
     import tomli as tomllib
 
 ENV_PREFIX = "KVSTORE_"
-#: Variables of our own that are not keys of a node: the admin CLI's default target, the config file's path, and
-#: the switch of the heavier self-checks.
-ENV_NOT_KEYS = frozenset({"KVSTORE_TARGET", "KVSTORE_CONFIG", "KVSTORE_STRICT"})
+#: Variables of our own that are not keys of a node: the admin CLI's default target and its TLS, the config file's path,
+#: and the switch of the heavier self-checks.
+ENV_NOT_KEYS = frozenset(
+    {
+        "KVSTORE_TARGET", "KVSTORE_TARGET_TLS_CA", "KVSTORE_TARGET_TLS_CERT", "KVSTORE_TARGET_TLS_KEY",
+        "KVSTORE_TARGET_TLS_NAME", "KVSTORE_CONFIG", "KVSTORE_STRICT",
+    }
+)  # fmt: skip
 
 GIB = 1 << 30
 _BYTE_SIZE = TypeAdapter(ByteSize)
@@ -94,7 +100,7 @@ PolicyName = Literal["gittins", "lru", "s3-fifo", "sieve", "2q"]  # as in kvstor
 ObjectSize = Annotated[int, BeforeValidator(_size), Field(ge=0, lt=1 << 32)]  # as the index counts lengths
 
 
-class NodeConfig(UpstreamConfig, RedisConfig):
+class NodeConfig(TlsConfig, UpstreamConfig, RedisConfig):
     """Everything one node is configured with; frozen. Raises pydantic's ValidationError, `load_config` ConfigError."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

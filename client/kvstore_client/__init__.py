@@ -37,6 +37,7 @@ from kvstore_client.results import (
     TierStat,
 )  # fmt: skip
 from kvstore_client.streaming import AsyncStream
+from kvstore_client.tls import TLS
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import (
     Extras,
@@ -54,6 +55,7 @@ from kvstore_codec import (
 )  # fmt: skip
 
 __all__ = [
+    "TLS",
     "AccessDenied",
     "AsyncClient",
     "AsyncNamespace",

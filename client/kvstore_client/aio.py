@@ -14,6 +14,7 @@ from kvstore_client.namespace import AsyncNamespace
 from kvstore_client.results import NodeStat, TierStat
 from kvstore_client.session import Session
 from kvstore_client.target import parse_target
+from kvstore_client.tls import TLS
 from kvstore_client.transports.bulk_path import Transport, checked_transport
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVLayout, Profile
 from kvstore_proto.v1 import store_pb2 as pb
@@ -31,18 +32,21 @@ class AsyncClient:
     call may take unless it says otherwise. `strict`: raise typed errors where a miss would be answered. `threads`:
     of the codec. `registry`: where the client's metrics go. `transport`: how objects travel: "auto", the best way that
     is found; or "grpc"; or, where the node has it, "tcp", "unix" or "shm" (this machine's shared memory).
-    `background_bytes`: of KV that may wait to be put in the background, beyond which such puts are dropped. Connects
-    when first used; raises InvalidArgument.
+    `background_bytes`: of KV that may wait to be put in the background, beyond which such puts are dropped. `tls`: for
+    nodes that want it; without it nothing is encrypted, with it nothing but unix sockets is not. Connects when first
+    used; raises InvalidArgument.
     """
 
     def __init__(
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
         transport: Transport = "auto", background_bytes: int = QUEUE_BYTES_MAX,
+        tls: TLS | None = None,
     ) -> None:  # fmt: skip
         self._session = Session(
             parse_target(target), deadline_s=deadline, strict=strict, threads=threads, tenant_key=tenant_key,
             registry=registry, transport=checked_transport(transport), background_bytes=background_bytes,
+            tls=tls,
         )  # fmt: skip
 
     def namespace(

@@ -29,6 +29,7 @@ from kvstore_client.planner.plan import Plan
 from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult, Restored
 from kvstore_client.streaming import AsyncStream
+from kvstore_client.tls import TLS
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_client.writing import AsyncWriter
 from kvstore_codec import DEFAULT_TENANT_KEY, Extras, KVArray, KVLayout, Profile, Quality
@@ -47,10 +48,11 @@ class Client:
         self, target: str | Sequence[str], *, deadline: float = DEADLINE_S, strict: bool = False,
         threads: int | None = None, tenant_key: bytes = DEFAULT_TENANT_KEY, registry: CollectorRegistry = REGISTRY,
         transport: Transport = "auto", background_bytes: int = QUEUE_BYTES_MAX,
+        tls: TLS | None = None,
     ) -> None:  # fmt: skip
         self._async = AsyncClient(
             target, deadline=deadline, strict=strict, threads=threads, tenant_key=tenant_key, registry=registry,
-            transport=transport, background_bytes=background_bytes,
+            transport=transport, background_bytes=background_bytes, tls=tls,
         )  # fmt: skip
 
     def namespace(

@@ -23,6 +23,7 @@ from kvstore_client.errors import (
     Unavailable,
     from_status,
 )  # fmt: skip
+from kvstore_client.tls import TLS
 from kvstore_client.transports.bulk_path import BulkPath, Transport
 from kvstore_cluster.placement import rank
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
@@ -60,14 +61,16 @@ class Node:
 
 
 class Connections:
-    """`transport`: which way objects go. `on_failure` is told (node, error) where its bulk path cannot be had."""
+    """`transport`: which way objects go. `on_failure` is told (node, error) where its bulk path cannot be had. `tls`:
+    to all seeds that are no unix sockets; its files are read now, which may raise InvalidArgument."""
 
     def __init__(
         self, seeds: Sequence[str], transport: Transport = "grpc",
-        on_failure: Callable[[str, KvClientError], None] = lambda node, error: None,
+        on_failure: Callable[[str, KvClientError], None] = lambda node, error: None, tls: TLS | None = None,
     ) -> None:  # fmt: skip
         self._seeds = tuple(seeds)
         self._transport, self._on_failure = transport, on_failure
+        self._tls = None if tls is None else tls.load()
         # They start no thread before they have work.
         self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")
         self._gets = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-get")
@@ -87,12 +90,17 @@ class Connections:
         if self._closed:
             raise _closed_meanwhile(seed)
         if seed not in self._nodes:
-            channel = self._channels[seed] = grpc.aio.insecure_channel(seed, options=_OPTIONS)
+            channel = self._channels[seed] = self._channel(seed)
             bulk = BulkPath(
-                seed, channel, self._transport, self._executor, self._gets, partial(self._on_failure, seed)
+                seed, channel, self._transport, self._executor, self._gets, partial(self._on_failure, seed), self._tls
             )  # fmt: skip
             self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk, FramedLiveStub(channel))
         return self._nodes[seed]
+
+    def _channel(self, seed: str) -> grpc.aio.Channel:
+        if self._tls is None or seed.startswith("unix:"):
+            return grpc.aio.insecure_channel(seed, options=_OPTIONS)
+        return grpc.aio.secure_channel(seed, self._tls.credentials, options=[*_OPTIONS, *self._tls.options])
 
     def ranked(self, key: bytes) -> Iterator[Node]:
         """The seeds, best for `key` first."""

@@ -24,6 +24,7 @@ InvalidArgument.
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 
 import grpc
@@ -153,7 +154,13 @@ def from_status(status: grpc.StatusCode, details: str | None, node: str) -> KvCl
     """The error of a call that ended with `status`; a stream that ended OK too early is a protocol violation."""
     kind = ERROR_OF_STATUS.get(status, ProtocolViolation)
     message = _MESSAGES.get(kind, "the node's answer is not what the protocol says")
-    return kind(message, node=node, details=one_line(details or ""))
+    return kind(message, node=node, details=one_line(explained(details or "")))
+
+
+def explained(details: str) -> str:
+    """What gRPC says of a call, behind what it means where that is about TLS and nobody could tell."""
+    meaning = next((words for sign, words in _TLS_SIGNS if sign.search(details)), None)
+    return details if meaning is None else f"{meaning}: {details}"
 
 
 def one_line(text: str) -> str:
@@ -173,6 +180,20 @@ _KINDS: dict[type[codec.ObjectError], type[BadObject]] = {
     codec.UnsupportedObject: ObjectUnsupported,
     codec.ProfileMissing: ProfileMissing,
 }
+
+#: In order: the first that is found.
+_TLS_SIGNS = (
+    (re.compile("Hostname Verification Check failed"), "the node's certificate is for another name"),
+    (
+        re.compile("CERTIFICATE_VERIFY_FAILED"),
+        "the node's certificate is not signed by the CA that was given, or has ended",
+    ),
+    (re.compile("WRONG_VERSION_NUMBER"), "the node does not speak TLS"),
+    (
+        re.compile("failed to connect.*(Socket closed|Connection reset)"),
+        "it hangs up at once: does it want TLS, or a client's certificate?",
+    ),
+)
 
 _MESSAGES: dict[type[KvClientError], str] = {
     Unavailable: "the node cannot be reached",

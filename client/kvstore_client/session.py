@@ -27,6 +27,7 @@ from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
 from kvstore_client.profile_transfer import ProfileTransfer
 from kvstore_client.putting import Stored
+from kvstore_client.tls import TLS
 from kvstore_client.transports.bulk_path import Transport
 
 THREADS_MAX = 4  # of the codec, by default
@@ -37,11 +38,11 @@ R = TypeVar("R")
 class Session:
     def __init__(
         self, seeds: Sequence[str], *, deadline_s: float, strict: bool, threads: int | None, tenant_key: bytes,
-        registry: CollectorRegistry, transport: Transport, background_bytes: int,
+        registry: CollectorRegistry, transport: Transport, background_bytes: int, tls: TLS | None,
     ) -> None:  # fmt: skip
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
-        self.connections = Connections(seeds, transport, self._bulk_failed)
+        self.connections = Connections(seeds, transport, self._bulk_failed, tls)
         self.profiles = ProfileShelf(
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip

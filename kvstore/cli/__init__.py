@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 the operation found a problem, 2 wrong usage or configurat
 Every error is one line on stderr.
 """
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -11,6 +12,8 @@ __all__ = ["main"]
 
 def main() -> None:
     """Entry point; ends the process with the command's exit code."""
+    # gRPC's core would write lines of its own among ours, one for each peer that fails at TLS. Read when it is loaded.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         from kvstore.cli.app import run
     except ModuleNotFoundError as error:

@@ -12,13 +12,13 @@ from rich.progress import Progress
 from kvstore.cli import hashes as naming
 from kvstore.cli import render
 from kvstore.cli.outcome import CommandFailed, ExitCode
-from kvstore.cli.remote import connect
+from kvstore.cli.remote import Target, connect
 from kvstore.cli.sizes import byte_size
 from kvstore_proto.v1 import admin_pb2
 from kvstore_proto.v1 import store_pb2 as pb
 
 
-def stat(target: str, deadline_s: float, as_json: bool) -> None:
+def stat(target: Target, deadline_s: float, as_json: bool) -> None:
     with connect(target, deadline_s) as remote:
         answer = remote.store.Stat(pb.StatRequest(), timeout=deadline_s)
     if as_json:
@@ -28,7 +28,7 @@ def stat(target: str, deadline_s: float, as_json: bool) -> None:
         render.print_table(table)
 
 
-def list_objects(target: str, deadline_s: float, as_json: bool, prefix: str, namespace: str, limit: int) -> None:
+def list_objects(target: Target, deadline_s: float, as_json: bool, prefix: str, namespace: str, limit: int) -> None:
     digits = naming.hex_prefix(prefix)
     with connect(target, deadline_s) as remote:
         namespace_id = naming.namespace_id(remote, namespace)
@@ -43,7 +43,7 @@ def list_objects(target: str, deadline_s: float, as_json: bool, prefix: str, nam
         print(f"kvstore: there are more than {limit}: raise --limit to see them", file=sys.stderr)
 
 
-def show(target: str, deadline_s: float, as_json: bool, prefix: str) -> None:
+def show(target: Target, deadline_s: float, as_json: bool, prefix: str) -> None:
     digits = naming.hex_prefix(prefix)
     if not digits:
         raise CommandFailed("an empty hash matches everything: give some digits", ExitCode.USAGE)
@@ -58,7 +58,7 @@ def show(target: str, deadline_s: float, as_json: bool, prefix: str) -> None:
             render.print_table(render.object_table(entry))
 
 
-def verify(target: str, deadline_s: float, as_json: bool, prefixes: list[str], namespace: str) -> None:
+def verify(target: Target, deadline_s: float, as_json: bool, prefixes: list[str], namespace: str) -> None:
     damaged: list[dict[str, str]] = []
     progress = pb.VerifyResponse()
     console = Console(stderr=True)
@@ -85,7 +85,7 @@ def verify(target: str, deadline_s: float, as_json: bool, prefixes: list[str], n
 
 
 def evict(
-    target: str, deadline_s: float, as_json: bool, prefixes: list[str], tier: str, size: str, everything: bool
+    target: Target, deadline_s: float, as_json: bool, prefixes: list[str], tier: str, size: str, everything: bool
 ) -> None:
     if sum((bool(prefixes), bool(size), everything)) != 1:
         raise CommandFailed("evict takes hashes, --bytes or --all: exactly one of them", ExitCode.USAGE)

@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from kvstore.cli.remote import Target
+    from kvstore_client.tls import TLS
+
 admin_app = typer.Typer(help="Look at and operate a running node.")
 
-Target = Annotated[str, typer.Option("--target", envvar="KVSTORE_TARGET", help="Node to ask: host:port or unix:/path.")]
+Address = Annotated[
+    str, typer.Option("--target", envvar="KVSTORE_TARGET", help="Node to ask: host:port or unix:/path.")
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls-ca", envvar="KVSTORE_TARGET_TLS_CA", help="Certificates that sign the node's (default: no TLS)."
+    ),
+]
+TlsCert = Annotated[
+    Path | None, typer.Option("--tls-cert", envvar="KVSTORE_TARGET_TLS_CERT", help="Our certificate, if it wants one.")
+]
+TlsKey = Annotated[Path | None, typer.Option("--tls-key", envvar="KVSTORE_TARGET_TLS_KEY", help="Its private key.")]
+TlsName = Annotated[
+    str | None,
+    typer.Option("--tls-name", envvar="KVSTORE_TARGET_TLS_NAME", help="What the node's is for (default: its host)."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Deadline = Annotated[float, typer.Option("--deadline", min=0.001, help="Seconds to wait for the node.")]
 Hashes = Annotated[list[str] | None, typer.Argument(metavar="[HASH]...", help="Chunk hashes; prefixes do.")]
@@ -19,12 +39,41 @@ DEADLINE_S = 10.0
 LONG_DEADLINE_S = 3600.0
 
 
+def named_tls(ca: Path | None, cert: Path | None, key: Path | None, name: str | None) -> TLS | None:
+    """Of the options of one command. Raises CommandFailed."""
+    from kvstore.cli.outcome import CommandFailed, ExitCode
+    from kvstore_client.tls import TLS
+
+    if ca is not None:
+        return TLS(ca, cert, key, name)
+    if (cert, key, name) != (None, None, None):
+        raise CommandFailed("--tls-cert, --tls-key and --tls-name need --tls-ca: pass that, too", ExitCode.USAGE)
+    return None
+
+
+def named_target(
+    address: str, ca: Path | None, cert: Path | None, key: Path | None, name: str | None
+) -> Target:  # fmt: skip
+    """Of the options of one command. Raises CommandFailed."""
+    from kvstore.cli.remote import Target
+
+    return Target(address, named_tls(ca, cert, key, name))
+
+
 @admin_app.command()
-def stat(target: Target = TARGET, json: Json = False, deadline: Deadline = DEADLINE_S) -> None:
+def stat(
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
+    json: Json = False,
+    deadline: Deadline = DEADLINE_S,
+) -> None:
     """Show what a node holds and has done since it started."""
     from kvstore.cli import admin
 
-    admin.stat(target, deadline, json)
+    admin.stat(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json)
 
 
 @admin_app.command("ls")
@@ -32,41 +81,55 @@ def list_objects(
     prefix: Annotated[str, typer.Argument(metavar="[HASH]", help="Only hashes that start so.")] = "",
     namespace: Namespace = "",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Print at most so many.")] = 100,
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """List stored objects."""
     from kvstore.cli import admin
 
-    admin.list_objects(target, deadline, json, prefix, namespace, limit)
+    admin.list_objects(
+        named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, prefix, namespace, limit
+    )
 
 
 @admin_app.command()
 def show(
     prefix: Annotated[str, typer.Argument(metavar="HASH", help="Chunk hash; a prefix does.")],
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Show everything about the objects of a chunk; exit code 1 if there are none."""
     from kvstore.cli import admin
 
-    admin.show(target, deadline, json, prefix)
+    admin.show(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, prefix)
 
 
 @admin_app.command()
 def verify(
     hashes: Hashes = None,
     namespace: Namespace = "",
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     json: Json = False,
     deadline: Deadline = LONG_DEADLINE_S,
 ) -> None:
     """Re-read stored objects and check every checksum; exit code 1 if any was damaged (and so dropped)."""
     from kvstore.cli import admin
 
-    admin.verify(target, deadline, json, hashes or [], namespace)
+    admin.verify(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes or [], namespace)
 
 
 @admin_app.command()
@@ -75,14 +138,20 @@ def evict(
     tier: Annotated[str, typer.Option("--tier", help="host or disk (default: every tier).")] = "",
     size: Annotated[str, typer.Option("--bytes", help='Free at least this, such as "1GiB".')] = "",
     everything: Annotated[bool, typer.Option("--all", help="Evict all that may be evicted.")] = False,
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Evict named chunks, or an amount of bytes in the node's own order. Leased objects stay."""
     from kvstore.cli import admin
 
-    admin.evict(target, deadline, json, hashes or [], tier, size, everything)
+    admin.evict(
+        named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes or [], tier, size, everything
+    )
 
 
 @admin_app.command()
@@ -90,33 +159,45 @@ def pin(
     hashes: Annotated[list[str], typer.Argument(metavar="HASH...", help="Chunk hashes; prefixes do.")],
     duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1.5h, 7d (default: 1h).")] = "",
     hard: Annotated[bool, typer.Option("--hard", help="Until they are unpinned, beyond restarts.")] = False,
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Keep chunks from being evicted; exit code 1 if any could not be pinned."""
     from kvstore.cli import pin as command
 
-    command.pin(target, deadline, json, hashes, duration, hard)
+    command.pin(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes, duration, hard)
 
 
 @admin_app.command()
 def unpin(
     hashes: Hashes = None,
     everything: Annotated[bool, typer.Option("--all", help="Every pin, soft and hard.")] = False,
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Let pinned chunks go as others do; exit code 1 if none of those named was pinned."""
     from kvstore.cli import pin as command
 
-    command.unpin(target, deadline, json, hashes or [], everything)
+    command.unpin(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes or [], everything)
 
 
 @admin_app.command()
 def top(
-    target: Target = TARGET,
+    target: Address = TARGET,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print the rates of one interval and end.")] = False,
     metrics: Annotated[
@@ -128,7 +209,10 @@ def top(
     """Watch a node live until ctrl-C; with --json, one object a line."""
     from kvstore.cli import top as command
 
-    command.top(target, command.Options(interval, once, metrics, json, deadline))
+    command.top(
+        named_target(target, tls_ca, tls_cert, tls_key, tls_name),
+        command.Options(interval, once, metrics, json, deadline),
+    )
 
 
 @admin_app.command()
@@ -139,6 +223,10 @@ def doctor(
     target: Annotated[
         str | None, typer.Option("--target", envvar="KVSTORE_TARGET", help="A running node to look at, too.")
     ] = None,
+    tls_ca: TlsCa = None,
+    tls_cert: TlsCert = None,
+    tls_key: TlsKey = None,
+    tls_name: TlsName = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this check; may be repeated.")] = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
@@ -146,4 +234,5 @@ def doctor(
     """Check this machine and what a node on it needs; exit code 1 if a check fails. KVSTORE_* count as for serve."""
     from kvstore.cli import doctor as command
 
-    command.doctor(config, target, only or [], json, deadline)
+    tls = named_tls(tls_ca, tls_cert, tls_key, tls_name)
+    command.doctor(config, target, only or [], json, deadline, tls)

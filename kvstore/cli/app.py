@@ -104,6 +104,11 @@ def serve(
     metrics_listen: Annotated[
         str | None, typer.Option(help="host:port of the Prometheus endpoint (default: none).")
     ] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="This node's certificate (default: no TLS).")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Certificates that sign the clients', who need one then.")
+    ] = None,
     redis_url: Annotated[str | None, typer.Option(help="redis://, rediss:// (TLS) or unix:// (default: none).")] = None,
     redis_cluster: Annotated[bool | None, typer.Option(help="redis_url names nodes of a Redis Cluster.")] = None,
     redis_password_file: Annotated[Path | None, typer.Option(help="File with Redis' password.")] = None,
@@ -121,6 +126,14 @@ def serve(
     ] = None,
     upstream_timeout_ms: Annotated[int | None, typer.Option(help="Longest wait for a node upstream.")] = None,
     upstream_write: Annotated[str | None, typer.Option(help="off, behind or through.")] = None,
+    upstream_tls_ca: Annotated[
+        Path | None, typer.Option(help="Certificates that sign those upstream (default: no TLS to them).")
+    ] = None,
+    upstream_tls_cert: Annotated[Path | None, typer.Option(help="This node's certificate for nodes upstream.")] = None,
+    upstream_tls_key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    upstream_tls_name: Annotated[
+        str | None, typer.Option(help="What certificates upstream are for (default: the host in --upstream).")
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
     log_format: Annotated[str | None, typer.Option(help="text, or json: one object a line.")] = None,
 ) -> None:
@@ -134,11 +147,14 @@ def serve(
         "soft_pin_share": soft_pin_share, "hard_pin_share": hard_pin_share,
         "object_bytes_max": object_bytes_max, "staged_bytes_max": staged_bytes_max,
         "stream_idle_s": stream_idle_s, "lease_ms_max": lease_ms_max, "shutdown_grace_s": shutdown_grace_s,
-        "metrics_listen": metrics_listen, "redis_url": redis_url, "redis_cluster": redis_cluster,
+        "metrics_listen": metrics_listen, "tls_cert": tls_cert, "tls_key": tls_key,
+        "tls_client_ca": tls_client_ca, "redis_url": redis_url, "redis_cluster": redis_cluster,
         "redis_password_file": redis_password_file, "redis_ca": redis_ca, "redis_cert": redis_cert,
         "redis_key": redis_key, "redis_ttl_s": redis_ttl_s, "redis_prefix": redis_prefix,
         "redis_timeout_ms": redis_timeout_ms, "redis_write": redis_write, "upstream": upstream,
-        "upstream_timeout_ms": upstream_timeout_ms, "upstream_write": upstream_write, "log_level": log_level,
+        "upstream_timeout_ms": upstream_timeout_ms, "upstream_write": upstream_write,
+        "upstream_tls_ca": upstream_tls_ca, "upstream_tls_cert": upstream_tls_cert,
+        "upstream_tls_key": upstream_tls_key, "upstream_tls_name": upstream_tls_name, "log_level": log_level,
         "log_format": log_format,
     }  # fmt: skip
     serve_node(config, flags, sidecar=context.info_name == "sidecar")

@@ -20,9 +20,11 @@ from kvstore.cli.doctor_finding import Finding, Level, Subject, ok
 from kvstore.cli.doctor_machine import check_clock, check_cpu, check_files, check_memory
 from kvstore.cli.doctor_network import check_listen, check_node
 from kvstore.cli.doctor_redis import check_redis
+from kvstore.cli.doctor_tls import check_tls
 from kvstore.cli.doctor_upstream import check_upstream
 from kvstore.cli.outcome import CommandFailed, ExitCode
 from kvstore.config import load_config
+from kvstore_client.tls import TLS
 
 _STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.FAIL: "bold red"}
 
@@ -40,19 +42,23 @@ CHECKS: dict[str, Callable[[Subject], Iterable[Finding]]] = {
     "disk": check_disk,
     "redis": check_redis,
     "upstream": check_upstream,
+    "tls": check_tls,
     "listen": check_listen,
     "node": check_node,
     "clock": check_clock,
 }
 
 
-def doctor(config_path: Path | None, target: str | None, only: list[str], as_json: bool, deadline_s: float) -> None:
+def doctor(
+    config_path: Path | None, target: str | None, only: list[str], as_json: bool, deadline_s: float,
+    tls: TLS | None = None,
+) -> None:  # fmt: skip
     """Ends with exit code 1 if a check fails. Raises ConfigError, CommandFailed for a check that there is not."""
     unknown = [name for name in only if name not in CHECKS]
     if unknown:
         raise CommandFailed(f"--only {unknown[0]}: must be one of {', '.join(CHECKS)}", ExitCode.USAGE)
     config = load_config(config_path, {}, os.environ)
-    subject = Subject(config, target, deadline_s)
+    subject = Subject(config, target, deadline_s, tls)
     # Without a target there need be no node; `listen` tells whether the one that is configured so runs.
     chosen = [name for name in CHECKS if (name in only if only else name != "node" or target is not None)]
     found = ((name, finding) for name in chosen for finding in CHECKS[name](subject))

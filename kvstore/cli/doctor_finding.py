@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from kvstore.cli.remote import Target
 from kvstore.config import NodeConfig
+from kvstore_client.tls import TLS
 
 
 class Level(str, Enum):
@@ -25,11 +27,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked. `target`: a running node to look at, where one is given."""
+    """What is checked. `target`: a running node to look at, where one is given. `tls`: to it and to this one's."""
 
     config: NodeConfig
     target: str | None
     deadline_s: float
+    tls: TLS | None = None
+
+    def at(self, address: str) -> Target:
+        return Target(address, self.tls)
 
 
 def ok(found: str) -> Finding:

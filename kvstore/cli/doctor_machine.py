@@ -16,6 +16,8 @@ from kvstore.cli import render
 from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
 from kvstore.cli.doctor_network import ask, running_node
 from kvstore.cli.outcome import CommandFailed
+from kvstore.cli.remote import Target
+from kvstore.engine.upstream_open import upstream_tls
 from kvstore.errors import ConfigError
 from kvstore.service.server import RPCS_MAX
 from kvstore.tiers.arena import SPARE_BYTES_MIN, SPARE_PART
@@ -81,11 +83,14 @@ def check_clock(subject: Subject) -> Iterator[Finding]:
         yield ok("the kernel says that the clock is synchronised")
     else:
         yield warn("the kernel does not say that the clock is synchronised", "run chrony or another NTP client")
-    for target in dict.fromkeys([*([subject.target] if subject.target else []), *subject.config.upstream_seeds]):
+    tls = upstream_tls(subject.config)
+    targets = [subject.at(subject.target)] if subject.target else []
+    targets += [Target(seed, tls) for seed in subject.config.upstream_seeds if seed != subject.target]
+    for target in targets:
         yield _skew(target, subject.deadline_s)
 
 
-def _skew(target: str, deadline_s: float) -> Finding:
+def _skew(target: Target, deadline_s: float) -> Finding:
     """How far a node's clock is off this machine's, as far as the time that its answer took can tell."""
     began_s = _now_s()
     try:

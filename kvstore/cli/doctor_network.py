@@ -13,9 +13,9 @@ from pathlib import Path
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvstore import __version__
-from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
+from kvstore.cli.doctor_finding import Finding, Level, Subject, fail, ok, warn
 from kvstore.cli.outcome import CommandFailed
-from kvstore.cli.remote import connect
+from kvstore.cli.remote import Target, connect
 from kvstore.cli.scrape import scrape
 from kvstore_proto.v1 import store_pb2 as pb
 
@@ -25,7 +25,7 @@ _ANY = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "::": "[::1]"}  # noqa: S104 - 
 
 def check_listen(subject: Subject) -> Iterator[Finding]:
     for address in subject.config.listen_addresses:
-        yield _listen(address)
+        yield _listen(subject, address)
     if subject.config.metrics_listen is not None:
         yield _metrics(subject.config.metrics_listen)
 
@@ -34,7 +34,7 @@ def check_node(subject: Subject) -> Iterator[Finding]:
     """The node at `subject.target`; without one, that of the configuration."""
     target = subject.target or reachable(subject.config.listen_addresses[0])
     try:
-        health, stat, answer_s = ask(target, subject.deadline_s)
+        health, stat, answer_s = ask(subject.at(target), subject.deadline_s)
     except CommandFailed as error:
         yield fail(str(error), "start it, or correct --target")
         return
@@ -59,7 +59,7 @@ def running_node(subject: Subject) -> pb.StatResponse | None:
     """What the node that is configured so says, if it runs."""
     for address in subject.config.listen_addresses:
         try:
-            return ask(reachable(address), PROBE_S)[1]
+            return ask(subject.at(reachable(address)), PROBE_S)[1]
         except CommandFailed:
             continue
     return None
@@ -71,11 +71,14 @@ def reachable(address: str) -> str:
     return f"{_ANY.get(host, host)}:{port}"
 
 
-def _listen(address: str) -> Finding:
+def _listen(subject: Subject, address: str) -> Finding:
     try:
-        _, stat, _ = ask(reachable(address), PROBE_S)
+        _, stat, _ = ask(subject.at(reachable(address)), PROBE_S)
     except CommandFailed:
-        return _free(address, "listen")
+        free = _free(address, "listen")
+        if free.level is Level.FAIL and subject.config.tls_cert is not None and subject.tls is None:
+            return warn(free.found, "or is it this node? pass --tls-ca to ask it")
+        return free
     found = f"{_named(address, stat)} runs there"
     return ok(found) if stat.version == __version__ else _other_version(found)
 
@@ -113,7 +116,7 @@ def _free_path(path: Path) -> Finding:
     return ok(f"unix:{path} is free")
 
 
-def ask(target: str, deadline_s: float) -> tuple[int, pb.StatResponse, float]:
+def ask(target: Target, deadline_s: float) -> tuple[int, pb.StatResponse, float]:
     """(health, Stat, seconds that Stat took). Raises CommandFailed."""
     with connect(target, deadline_s) as remote:
         health = health_pb2_grpc.HealthStub(remote.channel).Check(

@@ -8,6 +8,8 @@ from kvstore import __version__
 from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
 from kvstore.cli.doctor_network import ask
 from kvstore.cli.outcome import CommandFailed
+from kvstore.cli.remote import Target
+from kvstore.engine.upstream_open import upstream_tls
 
 SLOW_PART = 0.25  # of upstream_timeout_ms
 
@@ -18,7 +20,7 @@ def check_upstream(subject: Subject) -> Iterator[Finding]:
         yield ok("no upstream: misses end here")
     for seed in config.upstream_seeds:
         try:
-            _, stat, answer_s = ask(seed, subject.deadline_s)
+            _, stat, answer_s = ask(Target(seed, upstream_tls(config)), subject.deadline_s)
         except CommandFailed as error:
             yield fail(str(error), "start it, or correct upstream: until then what is not here is a miss")
             continue

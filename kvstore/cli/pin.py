@@ -9,7 +9,7 @@ import typer
 from kvstore.cli import hashes as naming
 from kvstore.cli import render
 from kvstore.cli.outcome import CommandFailed, ExitCode
-from kvstore.cli.remote import connect
+from kvstore.cli.remote import Target, connect
 from kvstore_proto.v1 import admin_pb2
 
 SECONDS_MAX = (1 << 32) - 1  # as the protocol counts them
@@ -17,7 +17,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 
-def pin(target: str, deadline_s: float, as_json: bool, prefixes: list[str], duration: str, hard: bool) -> None:
+def pin(target: Target, deadline_s: float, as_json: bool, prefixes: list[str], duration: str, hard: bool) -> None:
     """`duration` such as "1h" (with `hard`: ""). Raises CommandFailed, also where nothing stored has a hash."""
     if hard and duration:
         raise CommandFailed("--for and --hard exclude each other: a hard pin has no end", ExitCode.USAGE)
@@ -38,7 +38,7 @@ def pin(target: str, deadline_s: float, as_json: bool, prefixes: list[str], dura
         raise CommandFailed("nothing stored has these hashes")
 
 
-def unpin(target: str, deadline_s: float, as_json: bool, prefixes: list[str], everything: bool) -> None:
+def unpin(target: Target, deadline_s: float, as_json: bool, prefixes: list[str], everything: bool) -> None:
     """Raises CommandFailed."""
     if bool(prefixes) == everything:
         raise CommandFailed("unpin takes hashes or --all: one of them", ExitCode.USAGE)

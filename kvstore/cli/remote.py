@@ -4,16 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import grpc
 
 from kvstore.cli.outcome import CommandFailed, ExitCode
+from kvstore_client.errors import InvalidArgument, explained
+from kvstore_client.tls import TLS
 from kvstore_proto.v1 import admin_pb2_grpc, store_pb2_grpc
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS
 
 PAGE_OBJECTS = 1000
 _USAGE = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A node to ask. `str()` is its address."""
+
+    address: str
+    tls: TLS | None = None
+
+    def __str__(self) -> str:
+        return self.address
 
 
 class Remote:
@@ -40,18 +54,28 @@ class Remote:
 
 
 @contextmanager
-def connect(target: str, deadline_s: float) -> Iterator[Remote]:
+def connect(target: Target, deadline_s: float) -> Iterator[Remote]:
     """Raises CommandFailed for every failed call made inside."""
-    with grpc.insecure_channel(target, options=CHANNEL_OPTIONS) as channel:
+    with _channel(target) as channel:
         try:
             yield Remote(channel, deadline_s)
         except grpc.RpcError as error:
             raise _failure(target, deadline_s, error) from None
 
 
-def _failure(target: str, deadline_s: float, error: grpc.RpcError) -> CommandFailed:
+def _channel(target: Target) -> grpc.Channel:
+    if target.tls is None or target.address.startswith("unix:"):
+        return grpc.insecure_channel(target.address, options=CHANNEL_OPTIONS)
+    try:
+        tls = target.tls.load()
+    except InvalidArgument as error:
+        raise CommandFailed(str(error), ExitCode.USAGE) from None
+    return grpc.secure_channel(target.address, tls.credentials, options=[*CHANNEL_OPTIONS, *tls.options])
+
+
+def _failure(target: Target, deadline_s: float, error: grpc.RpcError) -> CommandFailed:
     assert isinstance(error, grpc.Call), "a finished RPC's error is also its call"
-    status, details = error.code(), " ".join(str(error.details()).split())
+    status, details = error.code(), " ".join(explained(str(error.details())).split())
     if status is grpc.StatusCode.DEADLINE_EXCEEDED:
         return CommandFailed(
             f"{target} did not answer within {deadline_s:g} s: check the node or raise --deadline",

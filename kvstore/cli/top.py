@@ -20,7 +20,7 @@ from rich.text import Text
 from kvstore.cli import render
 from kvstore.cli.outcome import CommandFailed, ExitCode
 from kvstore.cli.rates import Rates, Sample, rates_json
-from kvstore.cli.remote import Remote, connect
+from kvstore.cli.remote import Remote, Target, connect
 from kvstore.cli.scrape import scrape
 from kvstore.cli.top_view import view
 from kvstore_proto.v1 import store_pb2 as pb
@@ -44,7 +44,7 @@ class Outage:
     problem: str
 
 
-def top(target: str, options: Options) -> None:
+def top(target: Target, options: Options) -> None:
     """Until ctrl-C, which is its usual end. Raises CommandFailed; with `once` also where the node cannot be reached."""
     if options.once:
         _once(target, options)
@@ -56,27 +56,27 @@ def top(target: str, options: Options) -> None:
             _show(target, options)
 
 
-def _once(target: str, options: Options) -> None:
+def _once(target: Target, options: Options) -> None:
     with connect(target, options.deadline_s) as remote:
         before = _sample(remote, options)
         _wait(options.interval_s)
         rates = Rates(before, _sample(remote, options))
     if options.json:
-        render.print_json(rates_json(rates, target))
+        render.print_json(rates_json(rates, target.address))
     else:
-        Console().print(view(rates, target))
+        Console().print(view(rates, target.address))
 
 
-def _print_lines(target: str, options: Options) -> None:
+def _print_lines(target: Target, options: Options) -> None:
     """One JSON object a line, for scripts; outages on stderr."""
     for look in _changes(target, options):
         if isinstance(look, Outage):
             print(f"kvstore: trying again: {look.problem}", file=sys.stderr)
         else:
-            print(json.dumps(rates_json(look, target)), flush=True)
+            print(json.dumps(rates_json(look, target.address)), flush=True)
 
 
-def _show(target: str, options: Options) -> None:
+def _show(target: Target, options: Options) -> None:
     console = Console()
     shown: RenderableType = Text(f"asking {target} …")
     with Live(shown, console=console, screen=console.is_terminal, auto_refresh=False) as live:
@@ -85,11 +85,11 @@ def _show(target: str, options: Options) -> None:
                 problem = Text(f"trying again: {look.problem}", style="bold red", no_wrap=True, overflow="ellipsis")
                 live.update(Group(problem, shown), refresh=True)
             else:
-                shown = view(look, target)
+                shown = view(look, target.address)
                 live.update(shown, refresh=True)
 
 
-def _changes(target: str, options: Options) -> Iterator[Rates | Outage]:
+def _changes(target: Target, options: Options) -> Iterator[Rates | Outage]:
     """What happened between looks that succeeded; an outage once, whatever it lasts."""
     before: Sample | None = None
     away = False
@@ -104,7 +104,7 @@ def _changes(target: str, options: Options) -> Iterator[Rates | Outage]:
         before, away = look, False
 
 
-def _looks(target: str, options: Options) -> Iterator[Sample | Outage]:
+def _looks(target: Target, options: Options) -> Iterator[Sample | Outage]:
     while True:
         try:
             with connect(target, options.deadline_s) as remote:

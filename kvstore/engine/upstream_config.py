@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 
 def _seeds(value: str) -> str:
@@ -28,6 +29,28 @@ class UpstreamConfig(BaseModel):
         default="behind",
         description="what is put goes upstream behind the put, before it is answered, or never: off",
     )
+
+    upstream_tls_ca: Path | None = Field(
+        default=None, description="certificates (PEM) that sign those of the nodes upstream; none: no TLS to them"
+    )
+    upstream_tls_cert: Path | None = Field(
+        default=None, description="this node's certificate (PEM) for nodes upstream that ask for one"
+    )
+    upstream_tls_key: Path | None = Field(default=None, description="its private key (PEM)")
+    upstream_tls_name: str | None = Field(
+        default=None, min_length=1, description="what those nodes' certificates are for; none: the host in upstream"
+    )
+
+    @model_validator(mode="after")
+    def _upstream_tls_fits_together(self) -> UpstreamConfig:
+        for key in ("upstream_tls_cert", "upstream_tls_key", "upstream_tls_name"):
+            if getattr(self, key) is not None and self.upstream_tls_ca is None:
+                raise ValueError(f"{key} is set without upstream_tls_ca: set that, too, or unset {key}")
+        if (self.upstream_tls_cert is None) != (self.upstream_tls_key is None):
+            raise ValueError("upstream_tls_cert and upstream_tls_key belong together: set both or none")
+        if self.upstream_tls_ca is not None and self.upstream is None:
+            raise ValueError("upstream_tls_ca is set without upstream: set that, too, or unset upstream_tls_ca")
+        return self
 
     @property
     def upstream_seeds(self) -> tuple[str, ...]:

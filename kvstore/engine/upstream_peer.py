@@ -21,7 +21,8 @@ from kvstore.engine.outside import Chain, FoundChunk, PutObject
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.circuit import Circuit, State
 from kvstore_client.connection import Connections, Node, failures, understood, worth_another_node
-from kvstore_client.errors import DeadlineExceeded, KvClientError, ProtocolViolation
+from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientError, ProtocolViolation
+from kvstore_client.tls import TLS
 from kvstore_client.transports.put_stream import PutStream, put_stream
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
@@ -69,16 +70,18 @@ class Peer(Protocol):
 
 
 class GrpcPeer:
-    """`timeout_s`: as of upstream_timeout_ms. `object_bytes_max`: more is not taken from it."""
+    """`timeout_s`: as of upstream_timeout_ms. `object_bytes_max`: more is not taken from it. `tls`: its files are read
+    with every try to find the node again. Raises InvalidArgument where they cannot be used."""
 
     def __init__(
         self, address: str, metrics: NodeMetrics, *, timeout_s: float, object_bytes_max: int,
-        clock: Callable[[], float], rng: random.Random,
+        clock: Callable[[], float], rng: random.Random, tls: TLS | None = None,
     ) -> None:  # fmt: skip
         self.address = address
         self._metrics, self._timeout_s, self._object_bytes_max = metrics, timeout_s, object_bytes_max
         self._circuit = Circuit(clock, rng, FAILURES_MAX, PAUSE_S_MAX)
-        self._connections = Connections((address,))
+        self._tls = tls
+        self._connections = Connections((address,), tls=tls)
         self._warming: asyncio.Task[bool] | None = None
         self._search: asyncio.Task[None] | None = None
 
@@ -185,7 +188,12 @@ class GrpcPeer:
 
     async def _try(self) -> None:
         """Over a new connection: the old one may wait for a machine that has forgotten it."""
-        connections = unused = Connections((self.address,))
+        try:
+            connections = unused = Connections((self.address,), tls=self._tls)
+        except InvalidArgument as error:  # its certificates are being renewed, say
+            self._metrics.warn_once("upstream tls", "upstream: %s", error)
+            self._circuit.fail()
+            return
         try:
             if await _answers(connections.node(self.address)):
                 unused, self._connections = self._connections, connections

@@ -13,19 +13,21 @@ from pathlib import Path
 import grpc
 
 from kvstore.errors import ListenError
+from kvstore.service.tls import ServerTls
 
 #: Without it Linux lets two nodes share a port and splits their connections at random.
 EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)
 OTHER_ADDRESS = "pass a --listen address of this machine"
 
 
-def bind(server: grpc.aio.Server, addresses: Iterable[str]) -> tuple[str, ...]:
+def bind(server: grpc.aio.Server, addresses: Iterable[str], tls: ServerTls | None) -> tuple[str, ...]:
     """Binds all `addresses` (`host:port`, `unix:/path`); returns them with the ports really taken.
 
-    Raises ListenError. A unix socket left behind by a dead node is replaced, one that answers is not.
+    `tls`: of the TCP ones; unix sockets stay plain. Raises ListenError. A unix socket left behind by a dead node is
+    replaced, one that answers is not.
     """
     return tuple(
-        _bind_unix(server, address) if address.startswith("unix:") else _bind_tcp(server, address)
+        _bind_unix(server, address) if address.startswith("unix:") else _bind_tcp(server, address, tls)
         for address in addresses
     )
 
@@ -36,10 +38,10 @@ def unlink_sockets(addresses: Iterable[str]) -> None:
             Path(address.removeprefix("unix:")).unlink(missing_ok=True)
 
 
-def _bind_tcp(server: grpc.aio.Server, address: str) -> str:
+def _bind_tcp(server: grpc.aio.Server, address: str, tls: ServerTls | None) -> str:
     host, _, port = address.rpartition(":")
     _probe_tcp(address, host.strip("[]"), int(port))
-    return f"{host}:{_add(server, address, 'the server could not bind it')}"
+    return f"{host}:{_add(server, address, 'the server could not bind it', tls)}"
 
 
 def _probe_tcp(address: str, host: str, port: int) -> None:
@@ -74,9 +76,9 @@ def _bind_unix(server: grpc.aio.Server, address: str) -> str:
     return address
 
 
-def _add(server: grpc.aio.Server, address: str, otherwise: str) -> int:
+def _add(server: grpc.aio.Server, address: str, otherwise: str, tls: ServerTls | None = None) -> int:
     try:
-        bound = server.add_insecure_port(address)
+        bound = server.add_secure_port(address, tls.credentials()) if tls else server.add_insecure_port(address)
     except RuntimeError:
         bound = 0
     if not bound:

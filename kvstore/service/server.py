@@ -40,6 +40,7 @@ from kvstore.service.live import LiveService
 from kvstore.service.metrics_http import metrics_endpoint
 from kvstore.service.store import StoreService
 from kvstore.service.streams import StreamMetrics
+from kvstore.service.tls import ServerTls, open_tls
 from kvstore_proto.v1 import admin_pb2, admin_pb2_grpc, live_pb2, store_pb2, transfer_pb2, transfer_pb2_grpc
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, add_framed_store_servicer
 from kvstore_proto.v1.live_framing import add_framed_live_servicer
@@ -78,12 +79,13 @@ class Ready:
 
 
 async def run(config: NodeConfig, on_ready: Callable[[Ready], None]) -> None:
-    """Serves until SIGTERM or SIGINT. Raises ListenError and what `Node.open` raises."""
+    """Serves until SIGTERM or SIGINT. Raises ListenError, ConfigError and what `Node.open` raises."""
     registry = CollectorRegistry()
+    tls = open_tls(config, registry)
     with _signals() as signals, metrics_endpoint(config.metrics_listen, registry) as metrics_url:
         node = await Node.open(config, registry=registry)
         try:
-            await _serve(config, node, registry, metrics_url, signals, on_ready)
+            await _serve(config, node, registry, tls, metrics_url, signals, on_ready)
         finally:
             log.info("flushing")
             await node.aclose()
@@ -91,7 +93,7 @@ async def run(config: NodeConfig, on_ready: Callable[[Ready], None]) -> None:
 
 
 async def _serve(
-    config: NodeConfig, node: Node, registry: CollectorRegistry, metrics_url: str | None,
+    config: NodeConfig, node: Node, registry: CollectorRegistry, tls: ServerTls | None, metrics_url: str | None,
     signals: asyncio.Queue[signal.Signals], on_ready: Callable[[Ready], None],
 ) -> None:  # fmt: skip
     boundary = Boundary(registry)
@@ -103,13 +105,15 @@ async def _serve(
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-    addresses = bind(server, config.listen_addresses)
+    addresses = bind(server, config.listen_addresses, tls)
     tickets = Tickets(time.monotonic)
     try:
         bulk = BulkServer(
             node, _bulk_addresses(config, addresses), tickets, boundary, streams, registry,
-            stream_idle_s=config.stream_idle_s, hold_ms_max=config.lease_ms_max,
+            stream_idle_s=config.stream_idle_s, hold_ms_max=config.lease_ms_max, tls=tls,
         )  # fmt: skip
+        if tls is not None and all(each.startswith("unix") for each in (*addresses, *bulk.addresses)):
+            log.warning("tls_cert is set, but only unix sockets are listened on, which stay plain: add a TCP --listen")
         with closing(bulk):
             transfer_pb2_grpc.add_TransferServicer_to_server(  # type: ignore[no-untyped-call]
                 TransferService(tickets, bulk.addresses), server

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import socket
+import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from google.protobuf.message import DecodeError
 
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, Unavailable, from_status
+from kvstore_client.tls import LoadedTLS
 from kvstore_client.transports.blob import Blob, Buffers
 from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import Quality
@@ -28,6 +30,7 @@ ABSTRACT = "unix-abstract:"
 #: Beyond a call's deadline, so that a slow clock does not take a place from who still reads it.
 HOLD_MARGIN_MS = 1_000
 HOLD_MS_MAX = 2**32 - 1  # as the protocol can say it
+_PEER_CREDENTIALS = struct.Struct("iII")
 _STATUS = {status.value[0]: status for status in grpc.StatusCode}
 
 
@@ -39,16 +42,17 @@ class Memory(NamedTuple):
 
 
 class BulkConnection:
-    """`node`: its name in errors. Only `shutdown` may be called while another call runs.
+    """`node`: the seed, also its name in errors. `tls`: over TCP, who listens at `address` must have the certificate of
+    that seed, whoever told of the address. Only `shutdown` may be called while another call runs.
 
     Every call raises Unavailable (it ended), DeadlineExceeded, ProtocolViolation, or what the node answered; after any
     of them the connection is good for nothing."""
 
-    def __init__(self, node: str, address: str, ticket: bytes, deadline: Deadline) -> None:
+    def __init__(self, node: str, address: str, ticket: bytes, deadline: Deadline, tls: LoadedTLS | None) -> None:
         self.node = node
         self.memory: Memory | None = None
         try:
-            self._socket = BulkSocket(_connected(address, deadline.remaining()), deadline.remaining())
+            self._socket = BulkSocket(_connected(node, address, deadline, tls), deadline.remaining())
         except (OSError, ValueError) as error:  # ValueError: what the node said is no address
             raise Unavailable("the node's bulk path cannot be reached", node=node, details=str(error)) from None
         self._end = weakref.finalize(self, self._socket.close)  # also of a client that is dropped rather than closed
@@ -252,20 +256,48 @@ class _Failures:
                                     ) from None  # fmt: skip
 
 
-def _connected(address: str, timeout_s: float) -> socket.socket:
+def _connected(node: str, address: str, deadline: Deadline, tls: LoadedTLS | None) -> socket.socket:
+    """Raises OSError, ValueError."""
     if address.startswith(("unix:", ABSTRACT)):
-        abstract = address.startswith(ABSTRACT)
-        path = "\0" + address.removeprefix(ABSTRACT) if abstract else address.removeprefix("unix:")
-        connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            connecting.settimeout(timeout_s)
-            connecting.connect(path)
-        except OSError:
-            connecting.close()
-            raise
-        return connecting
+        connected = _unix_connected(address, deadline.remaining())
+        if tls is not None and not node.startswith("unix:") and not _is_own(connected):
+            connected.close()
+            raise PermissionError(f"{address} is not of this user: who listens there cannot be verified")
+        return connected
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+    connected = socket.create_connection((host.strip("[]"), int(port)), deadline.remaining())
+    if tls is None:
+        return connected
+    try:
+        connected.settimeout(max(deadline.remaining(), 0.001))  # of the whole handshake
+        return tls.context.wrap_socket(
+            connected, server_hostname=tls.name_for(address if node.startswith("unix:") else node)
+        )
+    except BaseException:
+        connected.close()
+        raise
+
+
+def _unix_connected(address: str, timeout_s: float) -> socket.socket:
+    abstract = address.startswith(ABSTRACT)
+    path = "\0" + address.removeprefix(ABSTRACT) if abstract else address.removeprefix("unix:")
+    connecting = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connecting.settimeout(timeout_s)
+        connecting.connect(path)
+    except OSError:
+        connecting.close()
+        raise
+    return connecting
+
+
+def _is_own(connected: socket.socket) -> bool:
+    """Whether this user or root listens there. A node elsewhere tells names that any user of this machine may have
+    taken: what its certificate says holds for TCP alone."""
+    _, user, _ = _PEER_CREDENTIALS.unpack(
+        connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    )
+    return user in (0, os.geteuid())
 
 
 def _done(buffers: Buffers, buffer: object, ahead: threading.Semaphore) -> None:

@@ -17,6 +17,7 @@ import grpc.aio
 
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientError, from_status
+from kvstore_client.tls import LoadedTLS
 from kvstore_client.transports.blob import Buffers
 from kvstore_client.transports.bulk_connection import ABSTRACT, BulkConnection, Memory
 from kvstore_proto.v1 import transfer_pb2
@@ -45,14 +46,14 @@ def checked_transport(transport: str) -> Transport:
 class BulkPath:
     """Belongs to an event loop; `executor`: threads that connections block, `gets`: those of whole gets, which may wait
     for what the others do; `buffers`: what they receive into.
-    `on_failure` is told of each failure."""
+    `on_failure` is told of each failure. `tls`: of all TCP connections."""
 
     def __init__(
         self, seed: str, channel: grpc.aio.Channel, transport: Transport, executor: Executor, gets: Executor,
-        on_failure: Callable[[KvClientError], None],
+        on_failure: Callable[[KvClientError], None], tls: LoadedTLS | None,
     ) -> None:  # fmt: skip
         self.executor, self.gets, self.buffers = executor, gets, Buffers()
-        self._seed, self._transport, self._on_failure = seed, transport, on_failure
+        self._seed, self._transport, self._on_failure, self._tls = seed, transport, on_failure, tls
         self._stub = TransferStub(channel)  # type: ignore[no-untyped-call]
         self._unused: list[tuple[float, BulkConnection]] = []
         self._finding: asyncio.Task[None] | None = None
@@ -169,7 +170,7 @@ class BulkPath:
         shares = self._transport in ("auto", "shm") and address.startswith(("unix:", ABSTRACT))
 
         def connect() -> BulkConnection:
-            connection = BulkConnection(self._seed, address, ticket, deadline)
+            connection = BulkConnection(self._seed, address, ticket, deadline, self._tls)
             if shares:
                 try:
                     connection.share_memory(self._memory, deadline)

@@ -8,7 +8,6 @@ import logging
 import os
 import secrets
 import socket
-import ssl
 import struct
 import threading
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from kvstore.service.bulk.connection import Connection
 from kvstore.service.bulk.tickets import Tickets
 from kvstore.service.listen import clear_stale
 from kvstore.service.streams import StreamMetrics
+from kvstore.service.tls import ServerTls
 from kvstore_proto.v1.bulk import HELLO_BYTES, BadFrame, parse_hello
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 
@@ -43,7 +43,7 @@ class BulkServer:
 
     def __init__(
         self, node: Node, addresses: Sequence[str], tickets: Tickets, boundary: Boundary, metrics: StreamMetrics,
-        registry: CollectorRegistry, *, stream_idle_s: float, hold_ms_max: int, tls: ssl.SSLContext | None = None,
+        registry: CollectorRegistry, *, stream_idle_s: float, hold_ms_max: int, tls: ServerTls | None = None,
     ) -> None:  # fmt: skip
         self._node, self._tickets, self._boundary, self._metrics = node, tickets, boundary, metrics
         self._stream_idle_s, self._hold_ms_max, self._tls = stream_idle_s, hold_ms_max, tls
@@ -108,9 +108,9 @@ class BulkServer:
         try:
             local = accepted.family == socket.AF_UNIX
             if self._tls is not None and not local:
-                accepted.settimeout(HELLO_S_MAX)
+                accepted.settimeout(HELLO_S_MAX)  # of the whole handshake
                 try:
-                    accepted = self._tls.wrap_socket(accepted, server_side=True)
+                    accepted = self._tls.context().wrap_socket(accepted, server_side=True)
                 except OSError:
                     self._refuse(accepted, "tls")
                     return
