@@ -73,7 +73,8 @@ def _print(report: dict[str, Any]) -> None:
     live, again = report["live"], report["after_restart"]
     restored = sum(row["tokens"] > 0 for row in again["rows"].values())
     print(
-        f"{report['prompt_tokens']} prompt tokens. TTFT: prompt to first token, median; the rest is computed.\n"
+        f"{report['prompt_tokens']} prompt tokens, KV in {report['dtype']}. TTFT: prompt to first token, median; the "
+        "rest is computed.\n"
         "greedy: tokens like those of the run without the store, up to the first that differs.\n"
         "mean KL: of next-token distributions, in float32.\n"
         f"Streaming, while a prefill of {live['prompt_tokens']} tokens took {live['prefill_seconds']:.2f} s: "

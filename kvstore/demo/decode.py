@@ -21,14 +21,14 @@ from prometheus_client import CollectorRegistry
 from transformers import DynamicCache
 
 from kvstore.demo import live, prompt
-from kvstore.demo.model import load
+from kvstore.demo.model import fast_dtype, load
 from kvstore.demo.worker import progress, serve
 from kvstore_client import Client, KvClientError
 from kvstore_client.integrations.transformers import cache_from_kv, layout_for, passed_cache, returned_cache
+from kvstore_codec.layout import DTYPE_BYTES
 
 GET_DEADLINE_S = 30.0
 DOWN_DEADLINE_S = 1.0
-BYTES_PER_ELEMENT = 2  # bfloat16
 ROUNDS = 3  # of each timing, interleaved
 STORED_AS = {quality: stored for stored, qualities in prompt.READ_FROM.items() for quality in qualities}
 
@@ -37,7 +37,7 @@ class Decoder:
     """Reads through its sidecar, and from the node itself where it says so."""
 
     def __init__(self, sidecar: str, node: str, cache: Path) -> None:
-        self._model, tokenizer = load(cache)
+        self._model, tokenizer = load(cache, fast_dtype())
         self._model_float32 = copy.deepcopy(self._model).float()
         self._tokens = prompt.prompt_tokens(tokenizer)
         self._detokenise = tokenizer.decode
@@ -72,7 +72,10 @@ class Decoder:
             rows[quality] = row
         for quality, seconds in self._timings().items():
             rows.setdefault(quality, {})["ttft_seconds"] = seconds
-        return {"rows": rows, "continuation": self._detokenise(expected), "continuation_tokens": len(expected)}
+        return {
+            "rows": rows, "dtype": self._layout.dtype, "continuation": self._detokenise(expected),
+            "continuation_tokens": len(expected),
+        }  # fmt: skip
 
     def compute_live(self) -> dict[str, Any]:
         """The logits that `follow_live` must find: of the same tokens in the same two pieces, without a store."""
@@ -136,7 +139,7 @@ class Decoder:
 
     def _sizes(self, tokens: int, received: int) -> dict[str, Any]:
         raw = tokens * self._layout.bytes_per_token
-        elements = raw // BYTES_PER_ELEMENT
+        elements = raw // DTYPE_BYTES[self._layout.dtype]
         return {"raw_bytes": raw, "bits_per_element": 8 * received / elements if elements else None}
 
     def _computed(self, tokens: int) -> Any:

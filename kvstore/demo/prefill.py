@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvstore.demo import live, prompt
-from kvstore.demo.model import load
+from kvstore.demo.model import fast_dtype, load
 from kvstore.demo.worker import progress, serve
 from kvstore_client import Client
 from kvstore_client.integrations.transformers import kv_from_cache, layout_for, returned_cache
@@ -21,7 +21,7 @@ PUT_DEADLINE_S = 60.0
 def start(targets: Sequence[str], cache: Path) -> Mapping[str, Callable[[], dict[str, Any]]]:
     """`targets`: the node."""
     (target,) = targets
-    model, tokenizer = load(cache)
+    model, tokenizer = load(cache, fast_dtype())
     tokens = prompt.prompt_tokens(tokenizer)
     layout = layout_for(model, chunk_tokens=prompt.CHUNK_TOKENS)
 

@@ -42,8 +42,9 @@ class Process:
         # Two workers compute at once: a thread of torch's that waits for another must leave it the core.
         environment.setdefault("OMP_WAIT_POLICY", "passive")
         with log_path.open("ab") as log:
+            # Without buffers: `line` waits for the pipe, and a line in a buffer would not be seen there.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [sys.executable, "-m", *arguments], bufsize=0,
                 stdin=subprocess.PIPE if asked else subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log,
                 env=environment,
             )  # fmt: skip
