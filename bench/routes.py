@@ -21,7 +21,7 @@ from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed, FramedStoreStub
 
 DEADLINE_S = 120.0
 LOSS_MAX = 0.05  # mean error of lossy KV, as a part of its mean magnitude, that tells it from other KV
-MEMCPY, BARE, SOCKET = "memcpy", "bare stream", "bare socket"
+MEMCPY, BARE, SOCKET, TLS_SOCKET = "memcpy", "bare stream", "bare socket", "bare TLS socket"
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,11 @@ def bare_route(channel: grpc.Channel, objects: Objects) -> Route:
     return Route(BARE, put, fetch, lambda came: came == len(joined))
 
 
-def socket_route(bare: BareSocket, objects: Objects) -> Route:
-    """As many bytes in blocks of an object's size over a plain socket, into memory that exists already."""
+def socket_route(bare: BareSocket, objects: Objects, name: str = SOCKET) -> Route:
+    """As many bytes in blocks of an object's size over a bare socket, into memory that exists already."""
     blocks = list(objects.blobs)
     targets = [memoryview(bytearray(len(block))) for block in blocks]
-    return Route(SOCKET, lambda: bare.send(blocks), lambda: bare.receive(targets), lambda came: came is None)
+    return Route(name, lambda: bare.send(blocks), lambda: bare.receive(targets), lambda came: came is None)
 
 
 def node_route(channel: grpc.Channel, objects: Objects) -> Route:

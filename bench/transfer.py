@@ -1,5 +1,5 @@
 """Put and fetch through a real node process, against a bare gRPC stream, a bare socket, memcpy and, where there is one,
-a redis-server with the same bytes.
+a redis-server with the same bytes; over TLS, where there is openssl to make a certificate, against a bare TLS socket.
 
 Objects are real KV, stored "raw" so that no coding is in the way; once also at "high", as the rate of the KV that is
 restored. Contestants take turns: each round puts and
@@ -16,8 +16,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from rich.table import Table
 import kvstore_codec as codec
 from bench import routes
 from bench.bare_socket import BareSocket
+from bench.certificate import certificate, context
 from bench.kv import KV_PATH, ROPE_THETA, real_kv
 from bench.redis_rival import redis_route, redis_server
 from bench.routes import Objects, Route
@@ -36,12 +37,13 @@ from bench.server_process import channel_to, server_process
 from kvstore.cli import bench_codec, render
 from kvstore.cli.bench_rounds import Bits
 from kvstore.cli.bench_tables import three_digits
-from kvstore_client import Client
+from kvstore_client import TLS, Client
 from kvstore_client.transports.bulk_path import Transport
 
 KVSTORE = Path(sys.executable).with_name("kvstore")
 OBJECT_MIB = (1, 4, 16)
 CAPACITY = "1GiB"
+SDK_TLS = "SDK, tcp, TLS"
 TRANSPORTS: tuple[Transport, ...] = ("grpc", "tcp", "unix", "shm")
 
 
@@ -54,6 +56,7 @@ class Direction:
     to_bare: float
     to_socket: float
     to_memcpy: float
+    to_tls: float | None  # None: there is none
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def main() -> None:
         addresses = [stack.enter_context(server_process(command)) for command in commands]
         bare, ram, disk = [stack.enter_context(channel_to(addresses[which])) for which in (0, 2, 3)]
         plain = stack.enter_context(closing(BareSocket(addresses[1])))
+        over_tls = stack.enter_context(_tls_rivals())
         clients = [
             stack.enter_context(Client(addresses[2], strict=True, transport=transport, registry=CollectorRegistry()))
             for transport in TRANSPORTS
@@ -114,6 +118,7 @@ def main() -> None:
                     ),
                     routes.sdk_route("SDK, tcp, high", clients[TRANSPORTS.index("tcp")], objects, "high"),
                     *([] if redis is None else [redis_route(redis, objects)]),
+                    *([] if over_tls is None else _tls_routes(*over_tls, objects)),
                 ],
                 objects, rounds,
             )  # fmt: skip
@@ -123,6 +128,29 @@ def main() -> None:
     if parsed.json:
         figures = {"kv": str(parsed.kv), "reports": [asdict(report) for report in reports]}
         parsed.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+@contextmanager
+def _tls_rivals() -> Iterator[tuple[BareSocket, Client] | None]:
+    """A bare TLS socket, and a client over TCP of a node, both with the same certificate; None where there is none."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="kvstore-bench-tls-"))
+        files = certificate(Path(folder))
+        if files is None:
+            yield None
+            return
+        cert, key = files
+        plain = stack.enter_context(server_process([sys.executable, "-m", "bench.bare_socket", cert, key]))
+        node = stack.enter_context(server_process(_serve("--tls-cert", str(cert), "--tls-key", str(key))))
+        bare = stack.enter_context(closing(BareSocket(plain, context(cert))))
+        client = Client(node, strict=True, transport="tcp", tls=TLS(cert), registry=CollectorRegistry())
+        yield bare, stack.enter_context(client)
+
+
+def _tls_routes(bare: BareSocket, client: Client, objects: Objects) -> list[Route]:
+    return [
+        routes.socket_route(bare, objects, routes.TLS_SOCKET), routes.sdk_route(SDK_TLS, client, objects)
+    ]  # fmt: skip
 
 
 def raw_objects(kv: Bits, object_bytes_max: int) -> Objects:
@@ -200,7 +228,7 @@ def _direction(seconds: dict[str, list[float]], route: Route, objects: Objects) 
 
     return Direction(
         tuple(mine), objects.total_bytes / statistics.median(mine), to(routes.BARE), to(routes.SOCKET),
-        to(routes.MEMCPY),
+        to(routes.MEMCPY), to(routes.TLS_SOCKET) if routes.TLS_SOCKET in seconds else None,
     )  # fmt: skip
 
 
@@ -222,6 +250,10 @@ def report_table(report: Report) -> Table:
                 for figure in (way.bytes_per_second / 1e6, way.to_bare, way.to_socket, way.to_memcpy)
             ),
         )
+        if result.route == SDK_TLS:
+            table.caption = (
+                f"{SDK_TLS}, to the bare TLS socket: put {result.put.to_tls:.2f}, fetch {result.fetch.to_tls:.2f}"
+            )
     return table
 
 
