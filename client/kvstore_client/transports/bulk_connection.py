@@ -95,7 +95,7 @@ class BulkConnection:
         Whether some are in the node's memory: then `release` tells if what was read of it is good."""
         request = transfer_pb2.BulkFetch(
             request=wanted.request(lease_id), places=self.memory is not None,
-            hold_ms=min(int(deadline.remaining() * 1000) + HOLD_MARGIN_MS, HOLD_MS_MAX),
+            hold_ms=_hold_ms(deadline.remaining()),
         )  # fmt: skip
         in_place = False
         with self._failures(deadline):
@@ -119,7 +119,7 @@ class BulkConnection:
         """What there is of a chain; `objects` of it follow, up to the first that is worse than `min_quality`."""
         request = transfer_pb2.BulkGet(
             lookup=lookup, quality=quality, min_quality=min_quality, places=self.memory is not None,
-            hold_ms=int(hold_s * 1000) + HOLD_MARGIN_MS,
+            hold_ms=_hold_ms(hold_s),
         )  # fmt: skip
         with self._failures(deadline):
             self._socket.send(Kind.GET, 0, request.SerializeToString())
@@ -254,6 +254,10 @@ class _Failures:
         if isinstance(error, BadFrame | DecodeError):
             raise ProtocolViolation("the bulk path was answered out of place", node=self._node, details=str(error)
                                     ) from None  # fmt: skip
+
+
+def _hold_ms(seconds: float) -> int:
+    return min(int(seconds * 1000) + HOLD_MARGIN_MS, HOLD_MS_MAX)
 
 
 def _connected(node: str, address: str, deadline: Deadline, tls: LoadedTLS | None) -> socket.socket:

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from kvstore_client.deadline import Deadline
-from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientError, from_status
+from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientError, Unavailable, from_status
 from kvstore_client.tls import LoadedTLS
 from kvstore_client.transports.blob import Buffers
 from kvstore_client.transports.bulk_connection import ABSTRACT, BulkConnection, Memory
@@ -157,6 +157,8 @@ class BulkPath:
                 self._address = address
                 self.give_back(connection)
                 return
+        except (Unavailable, DeadlineExceeded):
+            pass  # nor can the calls of this moment reach the node, which count and say it
         except KvClientError as problem:
             error = problem
         finally:
