@@ -80,7 +80,7 @@ def measure(node: NodeProcess, layout: KVLayout, tokens: range, mbit: float, rou
     came: dict[str, int] = {}
     with (
         shaped(node.address.rpartition(":")[2], mbit) as address,
-        Client(address, strict=True, registry=CollectorRegistry()) as client,
+        Client(address, strict=True, transport="grpc", registry=CollectorRegistry()) as client,
     ):
         cache = client.namespace(layout)
         cold_s, _ = timed(cache, tokens, **goal)

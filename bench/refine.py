@@ -57,7 +57,13 @@ def main() -> None:
         for mbit in MBITS:
             with (
                 shaped(address.rpartition(":")[2], mbit) as link,
-                Client(link, strict=True, deadline=CALL_S, registry=CollectorRegistry()) as client,
+                Client(
+                    link,
+                    strict=True,
+                    deadline=CALL_S,
+                    registry=CollectorRegistry(),
+                    transport="grpc",
+                ) as client,
             ):
                 cache = client.namespace(layout, tail=True)
                 rounds = figures[mbit] = [measure(cache, tokens) for _ in range(-1, options.rounds)][1:]

@@ -99,7 +99,9 @@ class Worker:
         """The whole prompt, a partial last chunk included, under this run's name."""
         address = where["address"]
         if address not in self._clients:
-            self._clients[address] = Client(address, deadline=CALL_S, strict=True, registry=CollectorRegistry())
+            self._clients[address] = Client(
+                address, deadline=CALL_S, strict=True, registry=CollectorRegistry(), transport="grpc"
+            )  # fmt: skip
         return self._clients[address].namespace(self._layout, extras=Extras(salt=where["run"]), tail=True)
 
     def _forward(self, ids: list[int], cache: Any) -> Any:

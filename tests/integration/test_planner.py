@@ -1,4 +1,5 @@
-"""plan() and planned gets against a real node, over loopback and over shaped links."""
+"""plan() and planned gets against a real node, over loopback and over shaped links: those by gRPC, since a bulk path
+would go past them."""
 
 from __future__ import annotations
 
@@ -127,7 +128,7 @@ def test_a_slow_link_and_a_short_deadline_bring_the_coarsest(
 ) -> None:
     layout, tokens, kv = stored(node)
     link = relay(4e6)
-    with Client(link.address, strict=True, registry=registry, deadline=DEADLINE_S) as client:
+    with Client(link.address, transport="grpc", strict=True, registry=registry, deadline=DEADLINE_S) as client:
         got, n = client.namespace(layout).get(tokens, ttft=0.1, prefill_tokens_per_s=SLOW_ENGINE)
     assert n == TOKENS
     assert qualities(layout, kv, got) == ["low"] * CHUNKS
@@ -137,7 +138,7 @@ def test_no_coarser_than_min_quality_and_no_finer_than_quality(
     node: NodeProcess, relay: Callable[..., ShapedRelay], registry: CollectorRegistry
 ) -> None:
     layout, tokens, kv = stored(node)
-    with Client(relay(2e7).address, strict=True, registry=registry, deadline=DEADLINE_S) as client:
+    with Client(relay(2e7).address, transport="grpc", strict=True, registry=registry, deadline=DEADLINE_S) as client:
         cache = client.namespace(layout)
         short, _ = cache.get(tokens, ttft=0.001, prefill_tokens_per_s=SLOW_ENGINE, min_quality="medium")
         long, _ = cache.get(tokens, ttft=DEADLINE_S, prefill_tokens_per_s=SLOW_ENGINE, quality="medium")
@@ -150,7 +151,7 @@ def test_where_recomputing_is_faster_nothing_is_fetched_and_that_is_remembered(
 ) -> None:
     layout, tokens, _ = stored(node)
     computing_s = 5.0
-    with Client(relay(2e5).address, strict=True, registry=registry, deadline=DEADLINE_S) as client:
+    with Client(relay(2e5).address, transport="grpc", strict=True, registry=registry, deadline=DEADLINE_S) as client:
         cache = client.namespace(layout)
         gets = 0
         while gets < 20:
@@ -174,7 +175,7 @@ def test_a_link_that_stalls_leaves_an_intact_prefix_long_before_the_deadline(
     layout, tokens, kv = stored(node)
     link = relay(3e6)
     out = np.zeros_like(kv)
-    with Client(link.address, strict=True, registry=registry, deadline=120) as client:
+    with Client(link.address, transport="grpc", strict=True, registry=registry, deadline=120) as client:
         cache = client.namespace(layout)
         cache.get(tokens[:CHUNK])
         began = time.monotonic()

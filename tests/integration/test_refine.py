@@ -175,7 +175,7 @@ def test_the_lease_is_kept_for_the_rest_and_then_given_back(client: Client, mine
     restored = cache.get(mine.tokens, refine=True)
     assert restored.refinement.wait(DEADLINE_S)
     assert client.stat().leases == before
-    cache.get(mine.tokens)
+    cache.lookup(mine.tokens)
     assert client.stat().leases == before + 1
 
 
