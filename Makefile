@@ -40,9 +40,11 @@ demo: setup  ## prefill, stream, store, decode, kill -9, go on: the main job on 
 	$(BIN)/kvstore demo --cache $(CACHE) $(if $(JSON),--out '$(JSON)')
 
 # Two at a time where nothing is timed; what runs against deadlines in real processes has the machine for itself.
+TOGETHER := tests/unit tests/fuzz tests/contract tests/test_tidy.py $(patsubst %,tests/integration/test_%.py,bench calibrate \
+	cli codec_memory demo demo_processes doctor eval logs multi_turn transformers transformers_misuse)
 test: setup  ## every test
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile tests/unit tests/fuzz tests/contract tests/test_tidy.py
-	$(BIN)/pytest --durations=25 --durations-min=2 tests/integration tests/fault tests/packaging tests/test_docs.py
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile --durations=15 --durations-min=5 $(TOGETHER)
+	$(BIN)/pytest --durations=25 --durations-min=3 $(addprefix --ignore=,$(TOGETHER)) tests
 
 check: setup  ## formatting, lint, types, import order, freshness of generated files
 	$(BIN)/ruff format --check $(SOURCE)
