@@ -31,6 +31,6 @@ def test_a_node_that_is_always_full_gives_what_was_put_and_keeps_its_promises(
         "fetched", "decoded", "leases", "leased reads", "pinned reads", "put stored", "evicted", "deleted", "pinned",
         "verified", *OF_THE_NODE,
     ):  # fmt: skip
-        assert counts[name] > 10, f"too few {name} to mean anything"
+        assert counts[name] > 5, f"too few {name} to mean anything"
     shrunk = [count for name, count in counts.items() if name.startswith("node.degradations.")]
     assert sum(shrunk) > 10, "too little was degraded to mean anything"

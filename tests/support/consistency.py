@@ -34,7 +34,7 @@ ROLES = ("write", "write", "read", "read", "hold", "operate")
 FAULTS = (
     "wrong bytes", "wrong values", "too much", "lease lost", "lease broken", "lease worn", "pin broken", "damage",
 )  # fmt: skip
-LONGER_MAX, ENOUGH = 8, 40
+LONGER_MAX, ENOUGH = 8, 12
 FLAGS = ("--host-capacity", "2MiB", "--disk-capacity", "4MiB", "--log-level", "warning")
 
 
@@ -53,10 +53,11 @@ def run(folder: Path, seconds: float, seed: int, *flags: str, until: Collection[
         workers = [_worker(role, node.address, seed + number) for number, role in enumerate(ROLES)]
         for worker in workers:
             running.callback(worker.kill)
-        for _ in range(LONGER_MAX):
-            threading.Event().wait(seconds)
+        threading.Event().wait(seconds)
+        for _ in range(3 * (LONGER_MAX - 1)):
             if _least(node, until) >= ENOUGH:
                 break
+            threading.Event().wait(seconds / 3)
         counts: Counter[str] = Counter()
         for role, worker in zip(ROLES, workers, strict=True):
             said, _ = worker.communicate()
