@@ -107,10 +107,7 @@ class Holdings:
         assert held is not None, "the index names a tier that this node has not"
         key, version = entry.key, entry.version
         try:
-            # A thread lets go of what it answered a moment after it is here, and memory that somebody sees is not free:
-            # so the answer is a box, emptied at once.
-            box = await self.in_thread(lambda: [_read_verified(held, key, length)])
-            return box.pop()
+            return await self.in_thread(lambda: _read_verified(held, key, length))
         except TierFailed as error:
             self._metrics.tier_failures.labels(tier, "read").inc()
             self._metrics.warn_once(f"{tier} read {error.code}", "%s; a miss", error)
@@ -218,7 +215,10 @@ class Holdings:
         return entry is not None and entry.layers_in("host") >= min(entry.described.layers_for(quality), entry.layers)
 
     async def in_thread(self, function: Callable[[], R]) -> R:
-        return await asyncio.get_running_loop().run_in_executor(self._readers, function)
+        # A thread lets go of what it answered a moment after it is here, and memory that somebody sees is not free: so
+        # the answer is a box, emptied at once.
+        box = await asyncio.get_running_loop().run_in_executor(self._readers, lambda: [function()])
+        return box.pop()
 
     async def wait_for_writes(self) -> None:
         """Until every write and delete queued by now has run."""
