@@ -51,13 +51,47 @@ _OPTIONS = [
 
 
 @dataclass(frozen=True)
-class Node:
-    """One seed, as the calls see it."""
-
-    address: str
-    stub: FramedStoreStub
+class _Connection:
+    channel: grpc.aio.Channel
     bulk: BulkPath
+    stub: FramedStoreStub
     live: FramedLiveStub
+    made_s: float  # monotonic
+
+
+class Node:
+    """One seed, as the calls see it. Each call begins on the connection that there is by then: of a get or a stream
+    that makes several, the second may come after the first one's connection was replaced."""
+
+    def __init__(self, address: str, connect: Callable[[], _Connection]) -> None:
+        self.address = address
+        self._connect = connect
+        self._connection = connect()
+
+    @property
+    def stub(self) -> FramedStoreStub:
+        return self._connection.stub
+
+    @property
+    def bulk(self) -> BulkPath:
+        return self._connection.bulk
+
+    @property
+    def live(self) -> FramedLiveStub:
+        return self._connection.live
+
+    def replaced(self, silent_since_s: float) -> _Connection | None:
+        """Replaces a connection that was made before `silent_since_s` and is up, as far as gRPC knows; returns that
+        one."""
+        silent = self._connection
+        if silent.made_s > silent_since_s or silent.channel.get_state() is not grpc.ChannelConnectivity.READY:
+            return None
+        self._connection = self._connect()
+        return silent
+
+    async def aclose(self) -> None:
+        await self._connection.bulk.aclose()
+        await self._connection.channel.close(None)
 
 
 class Connections:
@@ -74,7 +108,6 @@ class Connections:
         # They start no thread before they have work.
         self._executor = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-transfer")
         self._gets = ThreadPoolExecutor(TRANSFERS_MAX, "kvstore-get")
-        self._channels: dict[str, grpc.aio.Channel] = {}
         self._nodes: dict[str, Node] = {}
         self._unanswered_since_s: dict[str, float] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -90,12 +123,15 @@ class Connections:
         if self._closed:
             raise _closed_meanwhile(seed)
         if seed not in self._nodes:
-            channel = self._channels[seed] = self._channel(seed)
-            bulk = BulkPath(
-                seed, channel, self._transport, self._executor, self._gets, partial(self._on_failure, seed), self._tls
-            )  # fmt: skip
-            self._nodes[seed] = Node(seed, FramedStoreStub(channel), bulk, FramedLiveStub(channel))
+            self._nodes[seed] = Node(seed, partial(self._connect, seed))
         return self._nodes[seed]
+
+    def _connect(self, seed: str) -> _Connection:
+        channel = self._channel(seed)
+        bulk = BulkPath(
+            seed, channel, self._transport, self._executor, self._gets, partial(self._on_failure, seed), self._tls
+        )  # fmt: skip
+        return _Connection(channel, bulk, FramedStoreStub(channel), FramedLiveStub(channel), time.monotonic())
 
     def _channel(self, seed: str) -> grpc.aio.Channel:
         if self._tls is None or seed.startswith("unix:"):
@@ -114,13 +150,12 @@ class Connections:
         """A call to `node` that began at `began_s` (monotonic) ended at its deadline. After SILENT_S of these, the next
         call gets a connection of its own; where none is there yet, gRPC looks after that itself."""
         since_s = self._unanswered_since_s.setdefault(node.address, began_s)
-        if self._nodes.get(node.address) is not node or time.monotonic() - since_s < SILENT_S:
+        if self._closed or time.monotonic() - since_s < SILENT_S:
             return
         self.answered(node)
-        channel = self._channels[node.address]
-        if channel.get_state() is grpc.ChannelConnectivity.READY:
-            del self._nodes[node.address], self._channels[node.address]
-            closing = asyncio.get_running_loop().create_task(_closed(node, channel))
+        silent = node.replaced(since_s)
+        if silent is not None:
+            closing = asyncio.get_running_loop().create_task(_closed(silent))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
 
@@ -128,20 +163,19 @@ class Connections:
         self._closed = True
         for closing in self._closing:
             closing.cancel()
-        channels, nodes = list(self._channels.values()), list(self._nodes.values())
-        self._channels, self._nodes = {}, {}
-        await asyncio.gather(*(node.bulk.aclose() for node in nodes))
-        await asyncio.gather(*(channel.close(None) for channel in channels))
+        nodes = list(self._nodes.values())
+        self._nodes = {}
+        await asyncio.gather(*(node.aclose() for node in nodes))
         self._executor.shutdown(wait=False)
         self._gets.shutdown(wait=False)
 
 
-async def _closed(node: Node, channel: grpc.aio.Channel) -> None:
-    await node.bulk.aclose()
+async def _closed(silent: _Connection) -> None:
+    await silent.bulk.aclose()
     try:
-        await channel.close(_CLOSING_S)
+        await silent.channel.close(_CLOSING_S)
     except asyncio.CancelledError:  # the client is closed, and waits for nobody
-        await channel.close(None)
+        await silent.channel.close(None)
         raise
 
 

@@ -99,19 +99,28 @@ def test_a_path_that_is_not_found_in_time_leaves_time_for_grpc() -> None:
         over.set()
 
 
-def test_a_call_under_way_outlives_the_connection_that_it_is_on(node: NodeProcess, relay: FaultRelay) -> None:
-    """A stream waits patiently for its writer while impatient calls have the connection replaced."""
+@pytest.mark.parametrize("call_under_way", ["lookup", "follow"])
+def test_a_stream_under_way_outlives_the_connection_that_it_is_on(
+    node: NodeProcess, relay: FaultRelay, call_under_way: str
+) -> None:
+    """It waits patiently for its writer while impatient calls have the connection replaced."""
     layout = small_layout("live", layers=4)
     tokens = list(range(2 * layout.chunk_tokens))
     kv = random_kv(layout, len(tokens), 3)
     with connect(relay.addresses[0]) as client, connect(node.address) as direct, ThreadPoolExecutor(1) as thread:
         cache = client.namespace(layout)
+        cache.lookup(tokens)
+        (connected,) = client._async._session.connections._nodes.values()
+        first = connected.stub
+        if call_under_way == "lookup":
+            node.process.send_signal(signal.SIGSTOP)
         reading = thread.submit(lambda: list(cache.stream(tokens, wait=PATIENT_S)))
-        wait_until(lambda: bool(client._async._session.connections._nodes), "it has begun")
+        time.sleep(0.2)
         node.process.send_signal(signal.SIGSTOP)
         for _ in range(8):
             cache.lookup(tokens, deadline=0.1)
         node.process.send_signal(signal.SIGCONT)
+        assert connected.stub is not first
         with direct.namespace(layout).writer(tokens, quality="raw") as writer:
             for layer in range(layout.num_layers):
                 writer.write(layer, kv[layer, 0], kv[layer, 1])

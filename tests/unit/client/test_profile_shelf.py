@@ -33,7 +33,7 @@ from kvstore_codec import DEFAULT_TENANT_KEY
 LAYOUT = KVLayout.uniform(model="m", revision="r", num_layers=1, kv_heads=1, head_dim=4, chunk_tokens=16)
 PROFILES = [transform_profile(LAYOUT, seed) for seed in range(3)]
 PROFILE, PROFILE_ID = PROFILES[0], PROFILES[0].profile_id
-NODES = [Node(address, None, None, None) for address in ("a:1", "b:1")]  # type: ignore[arg-type]
+NODES = [Node(address, lambda: None) for address in ("a:1", "b:1")]  # type: ignore[arg-type, return-value]
 
 
 class Nodes:
