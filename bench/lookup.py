@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +42,7 @@ KVSTORE = Path(sys.executable).with_name("kvstore")
 LAYOUT = codec.KVLayout.uniform(
     model="bench-lookup", revision="1", num_layers=1, kv_heads=1, head_dim=16, dtype="float16", chunk_tokens=16
 )
+PUT_CHUNKS = 8
 PUT_LAYOUT = codec.KVLayout.uniform(
     model="bench-put", revision="1", num_layers=16, kv_heads=4, head_dim=64, dtype="float16", chunk_tokens=256
 )  # 4 MiB of KV a chunk
@@ -101,8 +103,8 @@ async def _stored(node: Node, seed: int) -> list[bytes]:
     return [ref.hash for ref in refs]
 
 
-def through_grpc(calls: int, putting: Transport | None) -> list[Row]:
-    """`putting`: how the other process' puts travel; None: there is none."""
+def through_grpc(calls: int, putting: Transport | None, pace: float = 0.0) -> list[Row]:
+    """`putting`: how the other process' puts travel; None: there is none. `pace`: how many MB a second; 0: no pause."""
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         command: list[str | Path] = [
@@ -132,23 +134,23 @@ def through_grpc(calls: int, putting: Transport | None) -> list[Row]:
         }
         seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         if putting is not None:
-            stack.enter_context(_putter(address, putting))
+            stack.enter_context(_putter(address, putting, pace))
         for _ in range(calls):
             for kind, call in kinds.items():
                 began = time.perf_counter()
                 found = call()
                 seconds[kind].append(time.perf_counter() - began)
                 assert not kind.endswith("lookup") or found == CHUNKS
-    busy = "idle" if putting is None else f"puts over {putting}"
+    busy = "idle" if putting is None else f"puts over {putting}" + (f", {pace:.0f} MB/s" if pace else "")
     return [_row(f"{kind}; {busy}", each) for kind, each in seconds.items()]
 
 
 @contextmanager
-def _putter(address: str, transport: Transport) -> Iterator[None]:
+def _putter(address: str, transport: Transport, pace: float) -> Iterator[None]:
     """A process that puts, from its first put on until the end."""
     spawn = multiprocessing.get_context("spawn")
     stop, began_putting = spawn.Event(), spawn.Event()
-    putter = spawn.Process(target=_put_until, args=(address, transport, began_putting, stop))
+    putter = spawn.Process(target=_put_until, args=(address, transport, pace, began_putting, stop))
     putter.start()
     began_putting.wait()
     try:
@@ -158,15 +160,18 @@ def _putter(address: str, transport: Transport) -> Iterator[None]:
         putter.join()
 
 
-def _put_until(address: str, transport: Transport, began: Event, stop: Event) -> None:
-    """Puts prompts of eight chunks of 4 MiB one after the other."""
+def _put_until(address: str, transport: Transport, pace: float, began: Event, stop: Event) -> None:
+    """Puts prompts of eight chunks of 4 MiB one after the other, or as many as make `pace` MB a second."""
     rng = np.random.default_rng(os.getpid())
-    kv = rng.standard_normal((16, 2, 8 * 256, 4, 64)).astype(np.float16)
+    kv = rng.standard_normal((16, 2, PUT_CHUNKS * 256, 4, 64)).astype(np.float16)
+    each_s = kv.nbytes / 1e6 / pace if pace else 0.0
     with Client(address, deadline=60.0, transport=transport) as client:
         cache = client.namespace(PUT_LAYOUT)
-        while not stop.is_set():
-            cache.put(rng.integers(0, 50_000, 8 * 256).tolist(), kv, quality="raw")
+        next_s = time.monotonic()
+        while not stop.wait(max(next_s - time.monotonic(), 0.0)):
+            cache.put(rng.integers(0, 50_000, PUT_CHUNKS * 256).tolist(), kv, quality="raw")
             began.set()
+            next_s += each_s
 
 
 def _row(what: str, seconds: list[float]) -> Row:
@@ -179,11 +184,15 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000)
     parser.add_argument("--others", type=int, default=100_000, help="other objects in the node")
     parser.add_argument("--puts", nargs="*", choices=TRANSPORTS, default=["grpc", "auto"], help="how puts travel")
+    parser.add_argument(
+        "--paces", nargs="+", type=float, default=[200.0, 0.0], help="of the puts, in MB/s; 0: without a pause"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     rows = [asyncio.run(inside(arguments.others, arguments.calls))]
-    for putting in (None, *arguments.puts):
-        rows += through_grpc(arguments.calls, putting)
+    rows += through_grpc(arguments.calls, None)
+    for putting, pace in itertools.product(arguments.puts, arguments.paces):
+        rows += through_grpc(arguments.calls, putting, pace)
     table = Table(title=f"lookup of {CHUNKS} chunks, load average {os.getloadavg()[0]:.1f}")
     for heading in ("what", "p50 ms", "p99 ms", "calls"):
         table.add_column(heading)

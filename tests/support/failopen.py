@@ -9,7 +9,8 @@ under way, and all of them are made again before it is over; faults and transpor
 - late: a call that ends more than 50 ms after its deadline, not counting what the machine kept it waiting meanwhile:
   what a bare sleep of the same process was late, or its event loops waited for a core;
 - slow to recover: no hit within 2 s of the peer's return;
-- leaks: threads, descriptors, tasks, mappings or memory that grow from the cycles after the first ones to the last.
+- leaks: threads, pools of them, descriptors, tasks, mappings or memory that grow from the cycles after the first ones
+  to the last.
 
 `make failopen CYCLES=1000`. The instants follow from the seed; what the operating system makes of them does not.
 """
@@ -49,7 +50,7 @@ DEADLINES_S = (0.05, 0.1, 0.15)
 LATE_MS_MAX = 50.0
 RECOVERY_S_MAX = 2.0
 #: What may be added from the cycles after the first ones to the last: connections kept open come and go.
-GROWTH_MAX = {"threads": 8, "descriptors": 24, "tasks": 8, "mappings": 8, "rss_bytes": 48 << 20}
+GROWTH_MAX = {"pools": 4, "threads": 8, "descriptors": 24, "tasks": 8, "mappings": 8, "rss_bytes": 48 << 20}
 WARM_SHARE, WINDOW_SHARE = 0.4, 0.2  # of the cycles: before resources are looked at, and for how long
 WARM_CYCLES_MAX, WINDOW_CYCLES_MAX = 90, 60
 ANSWER_S_MAX = 120.0

@@ -54,7 +54,8 @@ class Cycle:
     counts: Counter[str] = field(default_factory=Counter)
     untyped: list[str] = field(default_factory=list)
     recovery_s: list[float] = field(default_factory=list)
-    #: of the process: threads, descriptors, tasks of both event loops, mappings of nodes' memory, memory of its own
+    #: of the process: pools of clients' threads, threads that are in none, descriptors, tasks of both event loops,
+    #: mappings of nodes' memory, memory of its own
     resources: dict[str, int] = field(default_factory=dict)
 
 
@@ -197,8 +198,11 @@ def _resources(loop: asyncio.AbstractEventLoop) -> dict[str, int]:
     process = Path("/proc/self")
     status = (process / "status").read_text().splitlines()
     (rss_kib,) = (int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+    # A pool takes hours to fill up: how many of its threads there are is how many were ever needed at once.
+    pooled = [each.name for each in threading.enumerate() if each.name.startswith("kvstore-")]
     return {
-        "threads": len(list((process / "task").iterdir())),
+        "pools": sum(name.endswith("_0") for name in pooled),
+        "threads": len(list((process / "task").iterdir())) - len(pooled),
         "descriptors": len(list((process / "fd").iterdir())),
         "tasks": len(asyncio.all_tasks(loop)) + len(asyncio.all_tasks(_started_loop()[0])),
         "mappings": (process / "maps").read_text().count("memfd"),

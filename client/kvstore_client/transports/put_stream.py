@@ -101,7 +101,8 @@ class PutStream:
         with suppress(grpc.aio.AioRpcError):
             while await self._ahead is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 self._ahead = asyncio.ensure_future(self._call.read())  # the status comes behind all that was sent
-        await asyncio.wait([self._status], timeout=_SETTLE_S)
+        left_s = self._call.time_remaining()
+        await asyncio.wait([self._status], timeout=_SETTLE_S if left_s is None else min(_SETTLE_S, left_s))
         if self._status.done():
             return from_status(*self._status.result(), self._node.address)
         return from_status(await self._call.code(), await self._call.details(), self._node.address)
