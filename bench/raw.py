@@ -1,4 +1,4 @@
-"""Raw objects against memcpy, by size: encode, decode into the caller's array, checksums of what lies in its place.
+"""Raw objects against memcpy, by size: encode, decode into the caller's array.
 
 *From memory* goes through more objects than any cache holds, *from caches* takes one again and again. Contestants take
 turns, object by object. Figures are the lower quartiles of their times, which hold on a busy machine (whoever runs
@@ -22,7 +22,6 @@ from rich.table import Table
 
 import kvstore_codec as codec
 from kvstore.cli import render
-from kvstore_codec.scatter import RawDestination, raw_destination
 
 LAYERS, KV_HEADS, HEAD_DIM = 32, 1, 64  # 8 KiB a token
 SIZES_KIB = (64, 1024, 4096, 16384)
@@ -75,7 +74,6 @@ def measure(kib: int, cold: bool, rounds: int) -> list[Row]:
     places = [cache[:, :, index * tokens : (index + 1) * tokens] for index in range(objects)]
     flat = np.zeros((objects, kv.nbytes), np.uint8)
     payloads = [np.frombuffer(each, np.uint8)[-kv.nbytes :] for each in stored]
-    destinations = [raw_destination(blob, layout, place) for place in places]
     for place in places:
         codec.decode(blob, layout, out=place)
     contestants: dict[str, Callable[[int], Any]] = {
@@ -83,9 +81,6 @@ def measure(kib: int, cold: bool, rounds: int) -> list[Row]:
         "decode": lambda at: codec.decode(stored[at], layout, quality="raw", out=places[at]),
         "encode": lambda at: codec.encode(places[at], layout, quality="raw"),
     }
-    if destinations[0] is not None:  # small objects are received whole
-        contestants["where to receive it"] = lambda at: raw_destination(stored[at], layout, places[at])
-        contestants["checksums in place"] = lambda at: _verify(destinations[at])
     took: dict[str, list[float]] = {what: [] for what in contestants}
     for turn in range(rounds):
         for number, (what, run) in enumerate(contestants.items()):
@@ -93,17 +88,10 @@ def measure(kib: int, cold: bool, rounds: int) -> list[Row]:
             began = time.perf_counter()
             run(at)
             took[what].append(time.perf_counter() - began)
-            if what == "checksums in place":  # everything is compared once: the next turn takes a new one
-                destinations[at] = raw_destination(stored[at], layout, places[at])
     if any((place.view(np.uint16) != kv.view(np.uint16)).any() for place in places):
         raise AssertionError("what was decoded is not what was encoded")
     quartiles = {what: statistics.quantiles(times)[0] for what, times in took.items()}
     return [Row(what, kib, cold, 1e6 * each, quartiles["memcpy"] / each) for what, each in quartiles.items()]
-
-
-def _verify(destination: RawDestination | None) -> None:
-    if destination is not None:
-        destination.verify()
 
 
 if __name__ == "__main__":

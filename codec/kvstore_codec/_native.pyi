@@ -49,11 +49,6 @@ class RawPlanes:
         (status, segment at fault); copies the payload, comparing each segment's checksum
         """
 
-    def check(self, table: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], first: int, last: int) -> tuple[int, int]:
-        """
-        (status, segment at fault); compares the checksums of segments [first, last) with what is in the planes
-        """
-
     def seal(self, head: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], segments: int) -> bytes:
         """
         the object that a header and a table without checksums head, with its payload and all checksums

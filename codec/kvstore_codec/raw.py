@@ -7,7 +7,7 @@ from typing import Any
 
 from kvstore_codec import _native, container
 from kvstore_codec.arrays import Places
-from kvstore_codec.container import SEGMENT_ENTRY_BYTES, ObjectHeader, Structure
+from kvstore_codec.container import SEGMENT_ENTRY_BYTES, ObjectHeader
 from kvstore_codec.errors import DamagedObject, ErrorCode
 from kvstore_codec.layout import KVLayout
 from kvstore_codec.segments import segment_groups
@@ -24,7 +24,7 @@ def encode(places: Places, layout: KVLayout, header: ObjectHeader, isa: int = BE
     """One object of all planes. `layout`: of the part; `header`: all but its last three fields."""
     table, payload_bytes = _table(layout, header.tokens)
     head: Any = container.header_bytes(header, [container.HEADER_BYTES + len(table) + payload_bytes], table) + table
-    return native_planes(places, layout, isa).seal(head, len(table) // SEGMENT_ENTRY_BYTES)
+    return _native_planes(places, layout, isa).seal(head, len(table) // SEGMENT_ENTRY_BYTES)
 
 
 def decode(view: memoryview, header: ObjectHeader, places: Places, layout: KVLayout, isa: int = BEST) -> None:
@@ -32,22 +32,17 @@ def decode(view: memoryview, header: ObjectHeader, places: Places, layout: KVLay
     Raises DamagedObject: what is in the planes then is unspecified."""
     table, structure = container.read_table(view, header)
     buffers: Any = table, view[header.table_end :]  # any buffers will do, which the stub cannot say
-    status, segment = native_planes(places, layout, isa).write(*buffers)
-    check(status, segment, structure)
-
-
-def native_planes(places: Places, layout: KVLayout, isa: int = BEST) -> _native.RawPlanes:
-    """`places` as the native core takes them; keeps their memory alive."""
-    return _native.RawPlanes(places, layout.itemsize, isa)
-
-
-def check(status: int, segment: int, structure: Structure) -> None:
-    """Raises DamagedObject, for what `_native.RawPlanes` found of a table of this structure."""
+    status, segment = _native_planes(places, layout, isa).write(*buffers)
     if status == _CHECKSUM:
         quality_layer, _, layer, _ = structure[segment]
         raise container.wrong_checksum(quality_layer, layer)
     if status != _OK:
         raise DamagedObject("a raw segment has the wrong length", code=ErrorCode.STRUCTURE)
+
+
+def _native_planes(places: Places, layout: KVLayout, isa: int = BEST) -> _native.RawPlanes:
+    """`places` as the native core takes them; keeps their memory alive."""
+    return _native.RawPlanes(places, layout.itemsize, isa)
 
 
 @lru_cache(256)

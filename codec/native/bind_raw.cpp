@@ -49,12 +49,6 @@ class HeldPlanes {
         return pair_of(planes_.write(bytes_of(table), bytes_of(payload)));
     }
 
-    std::pair<int, std::size_t> check(const Payload& table, std::size_t first, std::size_t last) const {
-        if (first > last || last > table.size() / kEntryBytes) throw nb::value_error("no such segments");
-        nb::gil_scoped_release release;
-        return pair_of(planes_.check(bytes_of(table), first, last));
-    }
-
     nb::bytes seal(const Payload& head, std::size_t segments) const {
         if (head.size() != kHeaderBytes + segments * kEntryBytes) throw nb::value_error("head is a header and its table");
         const std::size_t size = head.size() + planes_.bytes();
@@ -94,8 +88,6 @@ void bind_raw(nb::module_& m) {
              "planes: one array [layers, 2, tokens, heads, dim], or one each; isa: a number of `instruction_sets()`")
         .def("write", &HeldPlanes::write, nb::arg("table"), nb::arg("payload"),
              "(status, segment at fault); copies the payload, comparing each segment's checksum")
-        .def("check", &HeldPlanes::check, nb::arg("table"), nb::arg("first"), nb::arg("last"),
-             "(status, segment at fault); compares the checksums of segments [first, last) with what is in the planes")
         .def("seal", &HeldPlanes::seal, nb::arg("head"), nb::arg("segments"),
              "the object that a header and a table without checksums head, with its payload and all checksums");
 }

@@ -79,23 +79,6 @@ RawOutcome RawPlanes::write(ByteView table, ByteView payload) const {
     return {from == payload.data() + payload.size() ? Status::ok : Status::raw_length, segments};
 }
 
-RawOutcome RawPlanes::check(ByteView table, std::size_t first, std::size_t last) const {
-    Bytes rows;
-    for (std::size_t index = first; index < last; ++index) {
-        const std::optional<Segment> found = segment(table, index);
-        if (!found) return {Status::raw_length, index};
-        Xxh3 hash(kernels_);
-        for_each_piece(*found, [&](const PlaneView& plane, std::size_t token, std::size_t tokens, std::size_t bytes, bool whole) {
-            if (whole) return hash.add(plane.at(token), bytes);
-            rows.resize(bytes);
-            for (std::size_t t = 0; t < tokens; ++t) read_row(plane, token + t, element_, rows.data() + t * (bytes / tokens));
-            hash.add(rows.data(), bytes);
-        });
-        if (hash.digest() != found->checksum) return {Status::checksum, index};
-    }
-    return {};
-}
-
 bool RawPlanes::seal(std::span<u8> object, std::size_t segments) const {
     const std::span<u8> table = object.subspan(kHeader, segments * kEntry);
     u8* to = table.data() + table.size();

@@ -30,8 +30,6 @@ class RawPlanes {
     std::size_t bytes() const;
     // Copies a payload into the planes.
     RawOutcome write(ByteView table, ByteView payload) const;
-    // Checksums of segments [first, last), whose bytes are in the planes already.
-    RawOutcome check(ByteView table, std::size_t first, std::size_t last) const;
     // `object`: a header and a table of `segments`, whose checksums it does not have yet, then room for the payload. Fills in
     // all of them. False where the table does not fit the planes.
     bool seal(std::span<u8> object, std::size_t segments) const;

@@ -14,7 +14,6 @@ from kv_strategies import bits
 import kvstore_codec as codec
 from kvstore_codec.native import NATIVE as BEST
 from kvstore_codec.rope import rotation_for
-from kvstore_codec.scatter import raw_destination
 from kvstore_codec.segments import SegmentCoder
 from tests.fuzz.contexts import CONTEXTS, Context
 from tests.fuzz.sealing import sealed_object, sealed_profile
@@ -100,9 +99,6 @@ def objects(data: bytes) -> bool:
     if data[-1] % REFERENCE_EVERY == 0:
         coders.append(REFERENCE)
     answers = {_decoded(blob, context, quality, coder) for coder in coders}
-    received = _received(blob, context)
-    if received is not None:
-        answers.add(received)
     assert len(answers) == 1, "coders decode differently"
     return isinstance(answers.pop(), bytes)
 
@@ -111,24 +107,6 @@ def _decoded(blob: bytes, context: Context, quality: str | None, coder: SegmentC
     """Decoded bits, or the typed error that said no."""
     try:
         kv = codec.decode(blob, context.layout, quality=quality, profile=context.profile, coder=coder, threads=2)
-    except codec.ObjectError as error:
-        return type(error)
-    return bits(kv)
-
-
-def _received(blob: bytes, context: Context) -> bytes | type[Exception] | None:
-    """As `_decoded`, a raw object's payload put straight into its place; None where that cannot be."""
-    try:
-        header = codec.parse_header(blob)
-        header.layers_in(len(blob))
-        codec.check_header(header, context.layout)
-        kv = codec.empty(context.layout.part_layout(header.part), header.tokens)
-        destination = raw_destination(blob, context.layout, kv)
-        if destination is None:
-            return None
-        for at, piece in destination.pieces:
-            piece[:] = blob[header.table_end + at :][: len(piece)]
-        destination.verify()
     except codec.ObjectError as error:
         return type(error)
     return bits(kv)
