@@ -35,7 +35,7 @@ TOKENS = tokens_of(HELD, HELD_CHUNKS)
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path, "--host-capacity", "128MiB")
+    node = NodeProcess(tmp_path, "--host-capacity", "128MiB", "--metrics-listen", "127.0.0.1:0")
     yield node
     node.kill()
 
@@ -115,8 +115,9 @@ def test_a_stream_under_way_outlives_the_connection_that_it_is_on(
         if call_under_way == "lookup":
             node.process.send_signal(signal.SIGSTOP)
         reading = thread.submit(lambda: list(cache.stream(tokens, wait=PATIENT_S)))
-        time.sleep(0.2)
-        node.process.send_signal(signal.SIGSTOP)
+        if call_under_way == "follow":
+            wait_until(lambda: "kvstore_rpcs_in_flight 1.0" in node.metrics(), "it waits for its writer")
+            node.process.send_signal(signal.SIGSTOP)
         for _ in range(8):
             cache.lookup(tokens, deadline=0.1)
         node.process.send_signal(signal.SIGCONT)
