@@ -174,7 +174,7 @@ class Index:
     def state(self, rows: Rows) -> PrefixState:
         """What a lookup tells of a prefix, as columns."""
         columns = self.columns
-        layers = np.array([order.layers.take(rows) for order in self._orders.values()])
+        layers = self._layers(rows)
         best = layers.max(axis=0)
         fastest = (layers == best).argmax(axis=0)  # the first of those that hold as much
         return PrefixState(
@@ -189,12 +189,15 @@ class Index:
         another does."""
         columns = self.columns
         stored, whole = columns["quality"][rows].astype(np.int64), columns["whole_layers"][rows].astype(np.int64)
-        best = np.stack([order.layers[rows] for order in self._orders.values()]).max(axis=0)
-        layers = np.minimum(np.maximum(whole - np.maximum(quality - stored, 0), 1), best)
+        layers = np.minimum(np.maximum(whole - np.maximum(quality - stored, 0), 1), self._layers(rows).max(axis=0))
         lacking = self._orders[tier].layers[rows] < layers
         end = int(lacking.argmax()) if lacking.any() else len(rows)
         lengths = columns["layer_bytes"][rows[:end], layers[:end] - 1]
         return lengths.tolist(), [Quality(each) for each in (stored + whole - layers)[:end].tolist()]
+
+    def _layers(self, rows: Rows) -> npt.NDArray[np.uint8]:
+        """How many quality layers each tier holds of each: [tiers, rows]."""
+        return np.array([order.layers.take(rows) for order in self._orders.values()])
 
     def count_reads(self, rows: Rows) -> None:
         np.add.at(self.columns["reads"], rows, np.uint32(1))
