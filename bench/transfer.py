@@ -1,10 +1,11 @@
-"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket, memcpy and, where there is one,
-a redis-server with the same bytes; over TLS, where there is openssl to make a certificate, against a bare TLS socket.
+"""Put and fetch through a real node process, against a bare gRPC stream, a bare socket, memcpy and, where they are
+installed, a redis-server and a Mooncake Store with the same bytes; over TLS, where there is openssl to make a
+certificate, against a bare TLS socket.
 
 Objects are real KV, stored "raw" so that no coding is in the way; once also at "high", as the rate of the KV that is
-restored. Contestants take turns: each round puts and
-fetches everything once by every route, in rotating order; rates are medians over rounds, a ratio is the median of
-the ratios within each round. What is fetched is compared with what was put, every time, outside the timing.
+restored. Contestants take turns: each round puts and fetches everything once by every route, in rotating order; rates
+are medians over rounds, a ratio is the median of the ratios within each round. What is fetched is compared with what
+was put, every time, outside the timing.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from bench import routes
 from bench.bare_socket import BareSocket
 from bench.certificate import certificate, context
 from bench.kv import KV_PATH, ROPE_THETA, real_kv
+from bench.mooncake_rival import mooncake_route, mooncake_store
 from bench.redis_rival import redis_route, redis_server
 from bench.routes import Objects, Route
 from bench.server_process import channel_to, server_process
@@ -106,6 +108,7 @@ def main() -> None:
             for transport in TRANSPORTS
         ]
         redis = stack.enter_context(redis_server())
+        mooncake = stack.enter_context(mooncake_store())
         for mib in OBJECT_MIB:
             objects = raw_objects(kv, mib << 20)
             report = measure(
@@ -118,6 +121,7 @@ def main() -> None:
                     ),
                     routes.sdk_route("SDK, tcp, high", clients[TRANSPORTS.index("tcp")], objects, "high"),
                     *([] if redis is None else [redis_route(redis, objects)]),
+                    *([] if mooncake is None else [mooncake_route(mooncake, objects)]),
                     *([] if over_tls is None else _tls_routes(*over_tls, objects)),
                 ],
                 objects, rounds,
