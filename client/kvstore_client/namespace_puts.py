@@ -118,6 +118,7 @@ class NamespacePuts:
     ) -> tuple[int | None, list[Stored]]:  # fmt: skip
         """(tokens before `source`, None unless all of them are held; an answer for each chunk of it). A failure rejects
         what was not answered before it."""
+        session = self._session
         refs = [ref for ref in prompt if ref.first_token >= source.first_token]
         if not refs:
             return 0, []
@@ -125,7 +126,7 @@ class NamespacePuts:
         answered: dict[bytes, Stored] = {}
         reason, before = "", None
         try:
-            node, hit = await self._session.attempt(
+            node, hit = await session.attempt(
                 "put", self._key_of(prompt), limit,
                 lambda node, timeout_s: lookup(
                     node, self._layout, self._part, prompt, lease_ms=0, timeout_s=timeout_s
@@ -143,16 +144,18 @@ class NamespacePuts:
                 answered = {c.ref.hash: Stored(c.ref, "have", "", False, c.held_bytes) for c in chunks if c.held_bytes}
             unsettled = [chunk for chunk in chunks if chunk.ref.hash not in answered]
             for batch in batches(source, unsettled):
-                done = await put(node, source, batch, executor, limit, self._session.metrics.bytes_sent.inc)
+                done = await put(
+                    node, source, batch, executor, limit, session.metrics.bytes_sent.inc, session.put_buffers
+                )
                 answered |= {each.ref.hash: replace(each, durable=each.durable and on_disk) for each in done}
             if not source.quality.exact:
                 await self._profiles.learn_from(
                     [of_chunk(source, chunk.ref) for chunk in unsettled if not chunk.held_bytes]
                 )
         except KvClientError as error:
-            self._session.profiles.doubt()
-            self._session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
-            self._session.forgive("put", error)
+            session.profiles.doubt()
+            session.metrics.rejections.labels(error.code.value).inc(len(refs) - len(answered))
+            session.forgive("put", error)
             reason = str(error)
-        self._session.count_rejected("put", list(answered.values()))
+        session.count_rejected("put", list(answered.values()))
         return before, [answered.get(ref.hash, Stored(ref, "rejected", reason, False, 0)) for ref in refs]

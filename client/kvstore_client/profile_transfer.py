@@ -16,6 +16,7 @@ from kvstore_client.lookups import lookup
 from kvstore_client.metrics import ClientMetrics
 from kvstore_client.profiles import PROFILE_LAYOUT, Rows
 from kvstore_client.putting import Chunk, Source, Stored, put
+from kvstore_client.transports.blob import Buffers
 from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, Profile, Quality
 
@@ -66,7 +67,9 @@ class ProfileTransfer:
         stored: list[Stored] = []
         for first in range(0, len(chunks), _STREAM_CHUNKS):
             some = chunks[first : first + _STREAM_CHUNKS]
-            stored += await put(node, source, some, self.executor, deadline, self.metrics.bytes_sent.inc)
+            stored += await put(
+                node, source, some, self.executor, deadline, self.metrics.bytes_sent.inc, Buffers(0)
+            )  # fmt: skip
         self.metrics.profiles.labels("stored").inc(all(chunk.outcome != "rejected" for chunk in stored))
         return stored
 

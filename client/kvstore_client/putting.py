@@ -7,6 +7,9 @@ from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 import kvstore_codec as codec
 from kvstore_client.coder import DeadlineCoder
 from kvstore_client.connection import Node
@@ -14,6 +17,7 @@ from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, one_line
 from kvstore_client.fetching import call_off, settle
 from kvstore_client.results import PutResult
+from kvstore_client.transports.blob import Buffers
 from kvstore_client.transports.transfer import Put
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
 from kvstore_proto.v1 import store_pb2 as pb
@@ -69,15 +73,27 @@ def batches(source: Source, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]
 
 async def put(
     node: Node, source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline,
-    count_sent: Callable[[int], None],
+    count_sent: Callable[[int], None], buffers: Buffers,
 ) -> list[Stored]:  # fmt: skip
-    """One put stream. Raises the typed error of a failed call, ProtocolViolation, codec.ValuesError."""
-    blobs = await _encode(source, chunks, executor, deadline)
-    return await put_encoded(node, source, chunks, blobs, deadline, count_sent)
+    """One put stream; objects are made in `buffers`. Raises the typed error of a failed call, ProtocolViolation,
+    codec.ValuesError."""
+    taken: list[npt.NDArray[np.uint8]] = []
+
+    def allocate(size: int) -> memoryview:
+        buffer, view = buffers.take(size)
+        taken.append(buffer)
+        return view
+
+    blobs = await _encode(source, chunks, executor, deadline, allocate)
+    stored = await put_encoded(node, source, chunks, blobs, deadline, count_sent)
+    # Not after a failure: a thread may still be sending from them.
+    for buffer in taken:
+        buffers.give_back(buffer)
+    return stored
 
 
 async def put_encoded(
-    node: Node, source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None], deadline: Deadline,
+    node: Node, source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | memoryview | None], deadline: Deadline,
     count_sent: Callable[[int], None],
 ) -> list[Stored]:  # fmt: skip
     """The same with one object a chunk, None for what the node holds; of `source`, the KV is not looked at."""
@@ -103,18 +119,19 @@ async def put_encoded(
 
 
 async def _encode(
-    source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline
-) -> list[bytes | None]:
+    source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline,
+    allocate: Callable[[int], memoryview],
+) -> list[memoryview | None]:  # fmt: skip
     """One object a chunk; None for what the node holds. Raises DeadlineExceeded, with no encoder left running."""
     coder = DeadlineCoder(deadline)
 
-    def encode(ref: ChunkRef) -> bytes:
+    def encode(ref: ChunkRef) -> memoryview:
         coder.check()
         first = ref.first_token - source.first_token
         return codec.encode(
             codec.token_slice(source.kv, first, first + ref.tokens), source.layout, quality=source.quality,
             first_position=ref.first_token, chunk_hash=ref.hash, part=source.part, provenance=source.provenance,
-            profile=source.profile, coder=coder,
+            profile=source.profile, coder=coder, allocate=allocate,
         )  # fmt: skip
 
     encodes = [None if chunk.held_bytes else executor.submit(encode, chunk.ref) for chunk in chunks]
@@ -144,7 +161,7 @@ def result_of(before: int | None, stored: Sequence[Stored]) -> PutResult:
     )
 
 
-def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | None]) -> pb.PutOffer:
+def _offer(source: Source, chunks: Sequence[Chunk], blobs: Sequence[bytes | memoryview | None]) -> pb.PutOffer:
     return pb.PutOffer(
         namespace_id=source.layout.namespace_id,
         layout=source.layout.canonical_bytes,

@@ -28,9 +28,11 @@ from kvstore_client.profile_shelf import ProfileShelf
 from kvstore_client.profile_transfer import ProfileTransfer
 from kvstore_client.putting import Stored
 from kvstore_client.tls import TLS
+from kvstore_client.transports.blob import Buffers
 from kvstore_client.transports.bulk_path import Transport
 
 THREADS_MAX = 4  # of the codec, by default
+PUT_BUFFERS_BYTES_MAX = 64 << 20  # kept for objects that are put: new memory costs more than what is written to it
 
 R = TypeVar("R")
 
@@ -47,6 +49,7 @@ class Session:
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip
         self.peers: dict[str, PeerEstimates] = defaultdict(PeerEstimates)  # by address: what gets have measured
+        self.put_buffers = Buffers(PUT_BUFFERS_BYTES_MAX)
         self.background = BackgroundPuts(background_bytes, self.metrics)
         self.refining: set[asyncio.Task[None]] = set()  # better values of gets that are on their way
         self._deadline_s = checked_seconds(deadline_s)

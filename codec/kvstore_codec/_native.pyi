@@ -53,3 +53,6 @@ class RawPlanes:
         """
         the object that a header and a table without checksums head, with its payload and all checksums
         """
+
+    def seal_into(self, object: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], head: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], segments: int) -> None:
+        """the same, into memory of just that size"""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import overload
 
 from kvstore_codec import arrays, container, raw
 from kvstore_codec.arrays import KVArray, Plane
-from kvstore_codec.container import KV, Buffer, CodecId, Flags, NewSegment, ObjectHeader
+from kvstore_codec.container import KV, Allocate, Buffer, CodecId, Flags, NewSegment, ObjectHeader
 from kvstore_codec.errors import DamagedObject, ErrorCode, ForeignObject, LayoutError, ProfileMissing
 from kvstore_codec.layout import KVLayout, LayerSpec
 from kvstore_codec.native import NATIVE
@@ -40,11 +41,23 @@ SINK_POSITIONS = 4
 _EXACT_CODECS = {Quality.RAW: CodecId.RAW, Quality.LOSSLESS: CodecId.LOSSLESS}
 
 
+@overload
 def encode(
     kv: KVArray, layout: KVLayout, *, quality: str | Quality = "high", first_position: int = 0,
     chunk_hash: bytes = bytes(32), part: int = 0, provenance: str | Quality = "raw", profile: Profile | None = None,
-    step: float = 1.0, threads: int = 1, coder: SegmentCoder = NATIVE,
-) -> bytes:  # fmt: skip
+    step: float = 1.0, threads: int = 1, coder: SegmentCoder = NATIVE, allocate: None = None,
+) -> bytes: ...  # fmt: skip
+@overload
+def encode(
+    kv: KVArray, layout: KVLayout, *, quality: str | Quality = "high", first_position: int = 0,
+    chunk_hash: bytes = bytes(32), part: int = 0, provenance: str | Quality = "raw", profile: Profile | None = None,
+    step: float = 1.0, threads: int = 1, coder: SegmentCoder = NATIVE, allocate: Allocate,
+) -> memoryview: ...  # fmt: skip
+def encode(
+    kv: KVArray, layout: KVLayout, *, quality: str | Quality = "high", first_position: int = 0,
+    chunk_hash: bytes = bytes(32), part: int = 0, provenance: str | Quality = "raw", profile: Profile | None = None,
+    step: float = 1.0, threads: int = 1, coder: SegmentCoder = NATIVE, allocate: Allocate | None = None,
+) -> bytes | memoryview:  # fmt: skip
     """One object from one chunk of KV.
 
     `kv`: at most `layout.chunk_tokens` tokens, `[layers, 2, tokens, kv_heads, head_dim]` in the layout's dtype
@@ -55,7 +68,8 @@ def encode(
 
     `profile` (lossy qualities): what `kvstore calibrate` made for this model; the object names it, and can only be
     decoded with it. `step`: the base quantiser step in units of the quality's own, 2⁻⁸ to 2⁸; loss grows with its
-    square. With a profile it is rounded to 2^(k/4).
+    square. With a profile it is rounded to 2^(k/4). `allocate`: gives writable memory of so many bytes, in which the
+    object is made; it is called once, in the end.
 
     Raises LayoutError (shape, dtype, arguments), ProfileError (another model's profile), ValuesError (lossy: NaN,
     infinities, magnitudes of 2¹⁰⁰, with a profile of 2⁶⁰).
@@ -85,7 +99,7 @@ def encode(
         raw_bytes=tokens * part_layout.bytes_per_token, profile_id=bytes(32) if profile is None else profile.profile_id,
     )  # fmt: skip
     if quality is Quality.RAW:
-        return raw.encode(places, part_layout, header)
+        return raw.encode(places, part_layout, header, allocate=allocate)
     planes = arrays.planes_of(places)
     groups = segment_groups(part_layout, tokens) if profile is None else [group.planes for group in profile.groups]
     if quality is Quality.LOSSLESS:
@@ -99,7 +113,7 @@ def encode(
         for level in range(len(coded[0]))
         for group, layers in zip(groups, coded, strict=True)
     ]
-    return container.pack(segments, header)
+    return container.pack(segments, header, allocate)
 
 
 def decode(

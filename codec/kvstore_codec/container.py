@@ -9,12 +9,12 @@ that number has been compared with the length of the buffer.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from functools import cached_property, lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import xxhash
 
@@ -45,6 +45,8 @@ _DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
 _OVERHEAD_FACTOR, _OVERHEAD_BYTES = 4, 1 << 20
 
 Buffer = bytes | bytearray | memoryview
+#: Writable memory of just so many bytes, for an object to be made in.
+Allocate = Callable[[int], memoryview]
 
 
 def object_bytes_max(raw_bytes: int) -> int:
@@ -183,8 +185,16 @@ class NewSegment(NamedTuple):
     payload: Buffer
 
 
-def pack(segments: Sequence[NewSegment], header: ObjectHeader) -> bytes:
-    """One object as bytes. `segments` come quality-major; raises nothing for what `api.encode` passes."""
+@overload
+def pack(segments: Sequence[NewSegment], header: ObjectHeader) -> bytes: ...
+@overload
+def pack(
+    segments: Sequence[NewSegment], header: ObjectHeader, allocate: Allocate | None
+) -> bytes | memoryview: ...  # fmt: skip
+def pack(
+    segments: Sequence[NewSegment], header: ObjectHeader, allocate: Allocate | None = None
+) -> bytes | memoryview:  # fmt: skip
+    """One object. `segments` come quality-major; raises nothing for what `api.encode` passes."""
     table = b"".join(table_entry(*s[:4], len(s.payload), xxhash.xxh3_64_intdigest(s.payload)) for s in segments)
     layer_bytes: list[int] = []
     length = HEADER_BYTES + len(table)
@@ -193,7 +203,14 @@ def pack(segments: Sequence[NewSegment], header: ObjectHeader) -> bytes:
             layer_bytes.append(length)
         length += len(segment.payload)
         layer_bytes[-1] = length
-    return b"".join([header_bytes(header, layer_bytes, table), table, *(s.payload for s in segments)])
+    parts = [header_bytes(header, layer_bytes, table), table, *(s.payload for s in segments)]
+    if allocate is None:
+        return b"".join(parts)
+    room, at = allocate(length), 0
+    for part in parts:
+        room[at : at + len(part)] = part
+        at += len(part)
+    return room
 
 
 def table_entry(

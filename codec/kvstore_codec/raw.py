@@ -7,7 +7,7 @@ from typing import Any
 
 from kvstore_codec import _native, container
 from kvstore_codec.arrays import Places
-from kvstore_codec.container import SEGMENT_ENTRY_BYTES, ObjectHeader
+from kvstore_codec.container import SEGMENT_ENTRY_BYTES, Allocate, ObjectHeader
 from kvstore_codec.errors import DamagedObject, ErrorCode
 from kvstore_codec.layout import KVLayout
 from kvstore_codec.segments import segment_groups
@@ -20,11 +20,19 @@ BEST = max(INSTRUCTION_SETS.values())
 _OK, _CHECKSUM = 0, 14
 
 
-def encode(places: Places, layout: KVLayout, header: ObjectHeader, isa: int = BEST) -> bytes:
+def encode(
+    places: Places, layout: KVLayout, header: ObjectHeader, isa: int = BEST, allocate: Allocate | None = None
+) -> bytes | memoryview:  # fmt: skip
     """One object of all planes. `layout`: of the part; `header`: all but its last three fields."""
     table, payload_bytes = _table(layout, header.tokens)
     head: Any = container.header_bytes(header, [container.HEADER_BYTES + len(table) + payload_bytes], table) + table
-    return _native_planes(places, layout, isa).seal(head, len(table) // SEGMENT_ENTRY_BYTES)
+    planes, segments = _native_planes(places, layout, isa), len(table) // SEGMENT_ENTRY_BYTES
+    if allocate is None:
+        return planes.seal(head, segments)
+    room = allocate(len(head) + payload_bytes)
+    writable: Any = room  # any buffer will do, which the stub cannot say
+    planes.seal_into(writable, head, segments)
+    return room
 
 
 def decode(view: memoryview, header: ObjectHeader, places: Places, layout: KVLayout, isa: int = BEST) -> None:

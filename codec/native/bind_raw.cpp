@@ -6,6 +6,7 @@
 
 namespace {
 
+using Room = nb::ndarray<u8, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // One array [layers, 2, tokens, heads, dim] of all planes, or each plane.
 using PlanesArgument = std::variant<AnyArray, std::vector<PlaneArgument>>;
 
@@ -50,22 +51,31 @@ class HeldPlanes {
     }
 
     nb::bytes seal(const Payload& head, std::size_t segments) const {
-        if (head.size() != kHeaderBytes + segments * kEntryBytes) throw nb::value_error("head is a header and its table");
         const std::size_t size = head.size() + planes_.bytes();
         nb::bytes object = nb::steal<nb::bytes>(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
         if (!object.is_valid()) throw std::bad_alloc();
-        u8* const data = reinterpret_cast<u8*>(PyBytes_AS_STRING(object.ptr()));
-        bool fits;
-        {
-            nb::gil_scoped_release release;
-            std::memcpy(data, head.data(), head.size());
-            fits = planes_.seal({data, size}, segments);
-        }
-        if (!fits) throw nb::value_error("the table does not fit the planes");
+        seal_at({reinterpret_cast<u8*>(PyBytes_AS_STRING(object.ptr())), size}, head, segments);
         return object;
     }
 
+    void seal_into(const Room& object, const Payload& head, std::size_t segments) const {
+        if (object.size() != head.size() + planes_.bytes()) throw nb::value_error("the room has another size than the object");
+        seal_at({object.data(), object.size()}, head, segments);
+    }
+
   private:
+    // Throws nb::value_error.
+    void seal_at(std::span<u8> object, const Payload& head, std::size_t segments) const {
+        if (head.size() != kHeaderBytes + segments * kEntryBytes) throw nb::value_error("head is a header and its table");
+        bool fits;
+        {
+            nb::gil_scoped_release release;
+            std::memcpy(object.data(), head.data(), head.size());
+            fits = planes_.seal(object, segments);
+        }
+        if (!fits) throw nb::value_error("the table does not fit the planes");
+    }
+
     static constexpr std::size_t kHeaderBytes = 192, kEntryBytes = 24;
     static std::size_t checked(std::size_t element) {
         if (element != 1 && element != 2 && element != 4) throw nb::value_error("elements have 1, 2 or 4 bytes");
@@ -89,5 +99,7 @@ void bind_raw(nb::module_& m) {
         .def("write", &HeldPlanes::write, nb::arg("table"), nb::arg("payload"),
              "(status, segment at fault); copies the payload, comparing each segment's checksum")
         .def("seal", &HeldPlanes::seal, nb::arg("head"), nb::arg("segments"),
-             "the object that a header and a table without checksums head, with its payload and all checksums");
+             "the object that a header and a table without checksums head, with its payload and all checksums")
+        .def("seal_into", &HeldPlanes::seal_into, nb::arg("object"), nb::arg("head"), nb::arg("segments"),
+             "the same, into memory of just that size");
 }

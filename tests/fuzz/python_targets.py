@@ -145,9 +145,10 @@ def encode(data: bytes) -> bool:
 
 def _encoded(kv: Any, context: Context, arguments: dict[str, Any]) -> bytes | None:
     try:
-        return codec.encode(kv, context.layout, **arguments)
+        blob: bytes = codec.encode(kv, context.layout, **arguments)
     except codec.ValuesError:
         return None
+    return blob
 
 
 def _kv(context: Context, tokens: int, data: bytes, *, finite: bool) -> Any:

@@ -377,7 +377,8 @@ def object_of(layout: codec.KVLayout = LAYOUT, *, tokens: int = CHUNK, **changes
     ref = HELD.refs[BAD]
     kv = codec.token_slice(HELD.kv, ref.first_token, ref.first_token + tokens)
     honest: dict[str, Any] = {"quality": "raw", "first_position": ref.first_token, "chunk_hash": ref.hash}
-    return codec.encode(kv, layout, **(honest | changes))
+    blob: bytes = codec.encode(kv, layout, **(honest | changes))
+    return blob
 
 
 def bad_objects() -> Iterator[tuple[str, type[KvClientError], bytes]]:

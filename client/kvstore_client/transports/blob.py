@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 KEPT_BYTES_MAX = 256 << 20  # of free buffers
+_GRAIN = 128 << 10  # objects of one kind differ by less, so that each fits where another was
 
 
 def _nothing() -> None:
@@ -30,7 +31,8 @@ class Blob:
 class Buffers:
     """Free memory of earlier objects; any thread may call it."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept_bytes_max: int = KEPT_BYTES_MAX) -> None:
+        self._kept_bytes_max = kept_bytes_max
         self._lock = threading.Lock()
         self._free: list[npt.NDArray[np.uint8]] = []  # smallest first
 
@@ -40,12 +42,12 @@ class Buffers:
             fitting = next((index for index, each in enumerate(self._free) if each.nbytes >= size), None)
             buffer = self._free.pop(fitting) if fitting is not None else None
         if buffer is None:
-            buffer = np.empty(size, np.uint8)
+            buffer = np.empty(-(-size // _GRAIN) * _GRAIN, np.uint8)
         return buffer, buffer.data[:size]
 
     def give_back(self, buffer: npt.NDArray[np.uint8]) -> None:
         with self._lock:
             self._free.append(buffer)
             self._free.sort(key=lambda each: each.nbytes)
-            while sum(each.nbytes for each in self._free) > KEPT_BYTES_MAX:
+            while sum(each.nbytes for each in self._free) > self._kept_bytes_max:
                 self._free.pop(0)

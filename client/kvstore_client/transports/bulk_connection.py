@@ -172,7 +172,7 @@ class BulkConnection:
             return self._answer(Kind.VERDICTS)
 
     def send(
-        self, objects: Sequence[tuple[int, bytes]], deadline: Deadline, count_sent: Callable[[int], None]
+        self, objects: Sequence[tuple[int, bytes | memoryview]], deadline: Deadline, count_sent: Callable[[int], None]
     ) -> None:  # fmt: skip
         """(index in the offer, the object) of each that is wanted, in the order of the offer."""
         with self._failures(deadline):

@@ -143,7 +143,7 @@ class Put:
             await self._stream.write(Framed(pb.PutRequest(offer=offer)))
             return (await self._stream.answer("verdicts")).verdicts
 
-    async def send(self, objects: Sequence[tuple[int, bytes]]) -> None:
+    async def send(self, objects: Sequence[tuple[int, bytes | memoryview]]) -> None:
         """(index in the offer, the object), in the order of the offer."""
         if self._stream is None:
             await self._run(lambda connection: connection.send(objects, self._deadline, self._count_sent))

@@ -35,6 +35,9 @@ def test_checksums_are_the_library_s_for_every_length(isa: int) -> None:
         k, v = (rng.integers(0, 256, (1, 1, size), np.uint8) for size in (length - v_bytes, v_bytes))
         head: Any = bytes(HEADER_BYTES) + table_of(length)
         blob = _native.RawPlanes([k, v], 1, isa).seal(head, 1)
+        room: Any = bytearray(len(blob))
+        _native.RawPlanes([k, v], 1, isa).seal_into(room, head, 1)
+        assert room == blob
         payload: Any = blob[HEADER_BYTES + 24 :]
         table: Any = blob[HEADER_BYTES : HEADER_BYTES + 24]
         assert payload == k.tobytes() + v.tobytes()
@@ -142,6 +145,9 @@ def test_tables_that_the_planes_do_not_fit_touch_nothing() -> None:
         head: Any = bytes(HEADER_BYTES) + entry
         with pytest.raises(ValueError, match="does not fit"):
             planes.seal(head, 1)
+        small: Any = bytearray(len(head) + 31)
+        with pytest.raises(ValueError, match="another size"):
+            planes.seal_into(small, head, 1)
     short: Any = payload[:31]
     good: Any = table_of(32)
     assert planes.write(good, short) == (LENGTH, 0)

@@ -193,6 +193,26 @@ def test_threads_change_nothing() -> None:
     assert bits(codec.decode(blob, UNIFORM, threads=4)) == bits(codec.decode(blob, UNIFORM))
 
 
+@pytest.mark.parametrize("quality", ["raw", "lossless", "high"])
+def test_an_object_is_made_in_the_memory_that_is_given(quality: str) -> None:
+    layout = codec.KVLayout.uniform(
+        model="m", revision="r", num_layers=2, kv_heads=2, head_dim=16, dtype="float16", chunk_tokens=16
+    )
+    kv = random_kv(layout, 16, 1)
+    memory = bytearray(b"x" * (1 << 20))
+    asked: list[int] = []
+
+    def allocate(size: int) -> memoryview:
+        asked.append(size)
+        return memoryview(memory)[:size]
+
+    blob = codec.encode(kv, layout, quality=quality, allocate=allocate)
+    assert blob.obj is memory
+    assert blob == codec.encode(kv, layout, quality=quality)
+    assert asked == [len(blob)]
+    assert set(memory[len(blob) :]) == set(b"x")
+
+
 def test_strided_input_and_output() -> None:
     whole = random_kv(UNIFORM, 64, 11)
     head_major = np.ascontiguousarray(whole.swapaxes(2, 3)).swapaxes(2, 3)  # an engine's [heads, tokens, dim]
