@@ -150,8 +150,29 @@ def _controlled(case: Case, peer: PeerEstimates) -> Outcome:
             if not controller.arrived(int(size), now - begin, now):
                 break
             begin = now
+    now, decoder = _refined(case, controller, qualities, now, decoder)
     rest = (None,) * (len(case.task.chunks) - len(qualities))
     return Outcome((*qualities, *rest), max(now, decoder) + case.task.recompute_s[len(qualities)])
+
+
+def _refined(
+    case: Case, controller: Controller, qualities: list[Quality], now: float, decoder: float
+) -> tuple[float, float]:
+    """(when the last of it came that is used, when it is decoded)"""
+    while (refine := controller.refine(now)) is not None:
+        begin = now + case.link.latency_s
+        for index in range(refine.last):
+            target, have = case.task.chunks[index].no_better_than(refine.quality), qualities[index]
+            if target >= have:
+                continue
+            size = case.size_bytes[index][target] - case.size_bytes[index][have]
+            arrival = case.link.arrival(begin, size)
+            ready = max(decoder, arrival) + case.decode_s(index, target)
+            if ready > refine.until_s:
+                return refine.until_s if arrival > refine.until_s else now, decoder
+            controller.refined(index, target, int(size), arrival - begin, arrival)
+            qualities[index], now, begin, decoder = target, arrival, arrival, ready
+    return now, decoder
 
 
 CONTESTANTS: dict[str, Callable[[Case], Outcome]] = {

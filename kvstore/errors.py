@@ -6,6 +6,7 @@
     ├── InvalidRequest   a request's field is not what the protocol says: the caller's mistake
     ├── StreamStalled    a put or fetch made no progress within its limit
     ├── DiskUnusable     the disk tier's directory cannot be used, or another node uses it
+    ├── UpstreamAway     a delete did not reach a node upstream, and cannot be kept for it
     ├── TierFull         a tier has no room for an object
     └── TierFailed       a tier's medium refused to read or write
 
@@ -24,6 +25,7 @@ class Code(str, Enum):
     INVALID_REQUEST = "invalid_request"
     STREAM_STALLED = "stream_stalled"
     DISK_UNUSABLE = "disk_unusable"
+    UPSTREAM_AWAY = "upstream_away"
     TIER_FULL = "tier_full"
     TIER_FAILED = "tier_failed"
     INTERNAL = "internal"
@@ -68,6 +70,11 @@ class StreamStalled(KvStoreError):
 class DiskUnusable(KvStoreError):
     def __init__(self, message: str, **context: object) -> None:
         super().__init__(message, code=Code.DISK_UNUSABLE, **context)
+
+
+class UpstreamAway(KvStoreError):
+    def __init__(self, message: str, **context: object) -> None:
+        super().__init__(message, code=Code.UPSTREAM_AWAY, **context)
 
 
 class TierFull(KvStoreError):

@@ -114,6 +114,12 @@ class NodeMetrics:
         self.upstream_writes = counter(
             "upstream_writes", "Objects that were to go upstream, by what became of them.", "outcome"
         )
+        self.upstream_repairs = counter(
+            "upstream_repairs", "Objects that were owed to an upstream node, by what became of them.", "outcome"
+        )
+        self.upstream_deletes = counter(
+            "upstream_deletes", "Deletes that an upstream node missed, by what became of them.", "outcome"
+        )
         self.upstream_seconds = Histogram(
             "kvstore_upstream_seconds", "Duration of calls upstream, whole streams included.", ("call",),
             buckets=_SECONDS, registry=registry,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import kvstore_codec as codec
@@ -17,8 +17,9 @@ from kvstore_client.fetching import Fetched, ProfileSource, fetch
 from kvstore_client.lookups import good_enough, lookup
 from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
 from kvstore_client.namespace_profiles import NamespaceProfiles
-from kvstore_client.pace import Timing
+from kvstore_client.pace import RefinePace, Timing
 from kvstore_client.planned import Goal, NamespacePlanner
+from kvstore_client.planner.refine import Refine
 from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import Hit
 from kvstore_client.session import Session
@@ -87,25 +88,35 @@ class Gets:
         """What a lookup found, fetched."""
         chunks = good_enough(hit.chunks, asked.min_quality)
         into = asked.room(chunks)
+        kept = refinement  # what came coarsely
+        if goal is not None and kept is None:
+            kept = AsyncRefinement(self._session, self._layout.part_layout(self._part))
         lease_ids = hit.lease.ids if hit.lease is not None else ()
 
         async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
             before = part.chunks[0].first_token // self._layout.chunk_tokens
+            finer = any(max(chunk.quality, asked.quality) < part.quality for chunk in part.chunks)
             return await fetch(
                 node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
-                self._profile_of(node, limit), timing, None if refinement is None else refinement.keep,
+                self._profile_of(node, limit), timing,
+                kept.keep if kept is not None and (finer or refinement is not None) else None,
             )  # fmt: skip
 
+        async def improve(refine: Refine, pace: Callable[[Iterator[int]], RefinePace]) -> int:
+            assert kept is not None
+            return await kept.improve(node, refine.last, refine.quality, into, lease_ids, pace, limit)
+
         wants = Wanted(self._layout, self._part, chunks, asked.quality, asked.min_quality)
+        if kept is not None:
+            kept.begin(wants)
         if refinement is not None:
-            refinement.begin(wants)
             wants = wants if goal is not None else replace(wants, quality=asked.min_quality)
         if not chunks:
             fetched = Fetched()
         elif goal is None:
             fetched = await fetch_part(wants, into, self._planner.timing(node))
         else:
-            fetched = await self._planner.fetch(goal, node, wants, into, fetch_part)
+            fetched = await self._planner.fetch(goal, node, wants, into, fetch_part, improve)
         return Got(len(hit.chunks), chunks, into, fetched)
 
     def _profile_of(self, node: Node, limit: Deadline) -> ProfileSource:

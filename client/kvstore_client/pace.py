@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 
 from kvstore_client.planner.controller import Controller
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
+from kvstore_client.planner.refine import Refine
 from kvstore_client.planner.sizes import LayerSizes
 from kvstore_client.transports.blob import Blob
 from kvstore_codec import ObjectHeader
@@ -109,3 +110,34 @@ class Pace(Timing):
 
     def _arrived(self, size_bytes: int, seconds: float, now: float, held_up: bool) -> bool:
         return self._controller.arrived(size_bytes, seconds, now, held_up=held_up)
+
+
+class RefinePace(Timing):
+    """Of what a planned get refines: it ends when what comes cannot be decoded in time any more. `indices`: of the
+    chunks that come, in order."""
+
+    def __init__(
+        self, controller: Controller, refine: Refine, indices: Iterator[int], peer: PeerEstimates,
+        decode: DecodeEstimates, sizes: LayerSizes, count_received: Callable[[int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        super().__init__(peer, decode, sizes, count_received, clock)
+        self._controller, self._refine, self._indices = controller, refine, indices
+
+    @property
+    def left_s(self) -> float:
+        return max(0.0, self._controller.began + self._refine.until_s - self.clock())
+
+    async def _next(self, objects: AsyncGenerator[Blob, None]) -> Blob | None:
+        coming = asyncio.ensure_future(anext(objects, None))
+        try:
+            await asyncio.wait([coming], timeout=self.left_s)
+            return coming.result() if coming.done() else None
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait([coming])
+
+    def _arrived(self, size_bytes: int, seconds: float, now: float, held_up: bool) -> bool:
+        self._controller.refined(next(self._indices), self._refine.quality, size_bytes, seconds, now, held_up=held_up)
+        return True

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import kvstore_codec as codec
 from kvstore_client.connection import Node
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.fetching import Fetched
-from kvstore_client.pace import Pace, Timing
+from kvstore_client.pace import Pace, RefinePace, Timing
 from kvstore_client.planner.choose import Chunk
 from kvstore_client.planner.controller import Controller, Task
 from kvstore_client.planner.costs import PrefillSeconds, prefill_seconds
 from kvstore_client.planner.estimates import PeerEstimates
 from kvstore_client.planner.plan import Plan
+from kvstore_client.planner.refine import Refine
 from kvstore_client.planner.sizes import LayerSizes
 from kvstore_client.results import ChunkHit
 from kvstore_client.session import Session
@@ -25,6 +26,8 @@ from kvstore_codec import KVArray, KVLayout, Quality
 
 #: Fetches and decodes the chunks of one request into their place.
 FetchPart = Callable[[Wanted, KVArray, Timing], Awaitable[Fetched]]
+#: Makes what was fetched finer, where it is; how many chunks became so.
+Improve = Callable[[Refine, Callable[[Iterator[int]], RefinePace]], Awaitable[int]]
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,11 @@ class NamespacePlanner:
         return self._controller(goal, peer, chunks, Quality.RAW, floor).plan(time.monotonic())
 
     async def fetch(
-        self, goal: Goal, node: Node, wanted: Wanted, into: KVArray, fetch_part: FetchPart
+        self, goal: Goal, node: Node, wanted: Wanted, into: KVArray, fetch_part: FetchPart, improve: Improve
     ) -> Fetched:  # fmt: skip
         """As many of `wanted.chunks`, the first of which has its place at the beginning of `into`, as are worth it, at
-        qualities no better than `wanted.quality`. A request begins when what came with the one before it is decoded."""
+        qualities no better than `wanted.quality`. A request begins when what came with the one before it is decoded;
+        what came coarsely is improved in the time that is left."""
         peer = self._session.peers[node.address]
         controller = self._controller(goal, peer, wanted.chunks, wanted.quality, wanted.min_quality)
         pace = Pace(controller, peer, self._decode, self._sizes, self._session.metrics.bytes_received.inc)
@@ -87,6 +91,18 @@ class NamespacePlanner:
             total = Fetched(total.chunks + fetched.chunks, fetched.error)
             if total.chunks < controller.done or controller.done == step.first:
                 break  # something that came could not be used, or nothing came
+        while (
+            total.error is None
+            and total.chunks == controller.done
+            and (refine := controller.refine(pace.clock())) is not None
+        ):
+
+            def refine_pace(indices: Iterator[int], refine: Refine = refine) -> RefinePace:
+                count_received = self._session.metrics.bytes_received.inc
+                return RefinePace(controller, refine, indices, peer, self._decode, self._sizes, count_received)
+
+            if not await improve(refine, refine_pace):
+                break
         return total
 
     def _controller(

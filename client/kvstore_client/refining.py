@@ -7,7 +7,9 @@ caller says so, into the array that the caller says: an engine may be reading th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -24,11 +26,12 @@ from kvstore_client.fetching import call_off, settle
 from kvstore_client.kv_views import sliceable
 from kvstore_client.leasing import RELEASE_S_MAX, kept_alive
 from kvstore_client.metrics import ABSENT
+from kvstore_client.pace import RefinePace, Timing
 from kvstore_client.results import ChunkHit, Lease
 from kvstore_client.session import Session
 from kvstore_client.transports.transfer import Fetch
 from kvstore_client.transports.wanted import Wanted
-from kvstore_codec import KVArray, KVLayout, ObjectHeader, Profile
+from kvstore_codec import KVArray, KVLayout, ObjectHeader, Profile, Quality
 from kvstore_proto.v1.framing import HASHES_MAX
 
 CALL = "refine"
@@ -48,6 +51,10 @@ class _Kept:
     @property
     def is_whole(self) -> bool:
         return self.held == len(self.memory)
+
+    def lacks(self, quality: Quality) -> bool:
+        """Whether it reads better at `quality` than as it is here."""
+        return self.held < min(self.header.length_for(quality), len(self.memory))
 
     @property
     def blob(self) -> memoryview:
@@ -130,6 +137,42 @@ class AsyncRefinement:
                 applied = min(applied, chunk.first_token)
         return codec.token_slice(into, 0, applied), applied
 
+    async def improve(
+        self, node: Node, chunks: int, quality: Quality, into: KVArray, lease_ids: Sequence[bytes],
+        pace: Callable[[Iterator[int]], RefinePace], limit: Deadline,
+    ) -> int:  # fmt: skip
+        """While the get goes on: fetches what the first `chunks` chunks lack to `quality` and decodes it into `into`,
+        for as long as `pace` lets it. How many became better; what a node does or fails to do is no error, but counted.
+        When it returns, or is cancelled, nothing writes to `into` any more."""
+        assert self._wanted is not None
+        self._into = into
+        coder = DeadlineCoder(limit)
+        decodes: list[Future[None]] = []
+        lacking = self._lacking(chunks, quality)
+        timing = pace(iter(lacking))
+
+        def came(chunk: ChunkHit) -> None:
+            place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
+            decodes.append(self._session.executor.submit(self._decode, chunk, place, coder, True, timing))
+
+        try:
+            for first, run in self._runs(lacking):
+                number = first // HASHES_MAX
+                lease_id = lease_ids[number] if number < len(lease_ids) else b""
+                if not await self._fetch_run(node, run, lease_id, limit, quality, timing, came):
+                    break
+        except KvClientError as error:
+            self._session.metrics.failures.labels(CALL, error.code.value).inc()
+            self._session.warn(CALL, error.code, str(error))
+        finally:
+            await settle(decodes, min(timing.left_s, limit.remaining()))
+            await call_off(decodes)
+        problems = [decode.exception() for decode in decodes if not decode.cancelled()]
+        for problem in problems:
+            if problem is not None and not isinstance(problem, DeadlineExceeded):
+                raise problem
+        return problems.count(None)
+
     async def aclose(self) -> None:
         """Ends what is on its way; what has come can still be applied. Idempotent."""
         if self._task is not None and not self._task.done():
@@ -156,7 +199,7 @@ class AsyncRefinement:
         assert self._wanted is not None
         self._wanted = replace(self._wanted, chunks=self._wanted.chunks[:chunks])
         self._into = into
-        if any(not self._kept[chunk.hash].is_whole for chunk in self._wanted.chunks):
+        if self._lacking(chunks, self._wanted.quality):
             self._task = asyncio.create_task(self._fetch(node, lease, Deadline(seconds)))
             self._session.refining.add(self._task)
             self._task.add_done_callback(self._session.refining.discard)
@@ -173,10 +216,13 @@ class AsyncRefinement:
         try:
             with self._session.timed(CALL):
                 async with kept_alive(self._session, lease, RELEASE_S_MAX):
-                    for first, run in self._runs():
+                    assert self._wanted is not None
+                    quality = self._wanted.quality
+                    for first, run in self._runs(self._lacking(len(self._chunks), quality)):
                         ids = lease.ids if lease is not None else ()
                         number = first // HASHES_MAX
-                        await self._fetch_run(node, run, ids[number] if number < len(ids) else b"", limit)
+                        lease_id = ids[number] if number < len(ids) else b""
+                        await self._fetch_run(node, run, lease_id, limit, quality)
         except asyncio.CancelledError:
             self._error = ClientClosed("the refinement was given up before all had come")
         except KvClientError as error:
@@ -184,33 +230,51 @@ class AsyncRefinement:
             self._session.metrics.failures.labels(CALL, error.code.value).inc()
             self._session.warn(CALL, error.code, str(error))
 
-    def _runs(self) -> Iterator[tuple[int, list[ChunkHit]]]:
-        """(index of its first, chunks) of those that lack something: without gaps, each run under one lease."""
-        lacking = [at for at, chunk in enumerate(self._chunks) if not self._kept[chunk.hash].is_whole]
-        for _, group in groupby(enumerate(lacking), lambda each: (each[1] - each[0], each[1] // HASHES_MAX)):
+    def _lacking(self, chunks: int, quality: Quality) -> list[int]:
+        """Which of the first `chunks` chunks would read better at `quality`."""
+        assert self._wanted is not None
+        kept = [self._kept.get(chunk.hash) for chunk in self._wanted.chunks[:chunks]]  # what is whole need not be
+        return [at for at, each in enumerate(kept) if each is not None and each.lacks(quality)]
+
+    def _runs(self, indices: Sequence[int]) -> Iterator[tuple[int, list[ChunkHit]]]:
+        """(index of its first, chunks) without gaps, each run under one lease."""
+        for _, group in groupby(enumerate(indices), lambda each: (each[1] - each[0], each[1] // HASHES_MAX)):
             run = [at for _, at in group]
             yield run[0], [self._chunks[at] for at in run]
 
-    async def _fetch_run(self, node: Node, run: Sequence[ChunkHit], lease_id: bytes, limit: Deadline) -> None:
-        """Raises the typed error of what went wrong; ends early where the node has no more."""
+    async def _fetch_run(
+        self, node: Node, run: Sequence[ChunkHit], lease_id: bytes, limit: Deadline, quality: Quality,
+        timing: Timing | None = None, came: Callable[[ChunkHit], None] = lambda _: None,
+    ) -> bool:  # fmt: skip
+        """Whether all came; not where the node has no more, or `timing` ends it. `came` is told of each. Raises the
+        typed error of what went wrong."""
         assert self._wanted is not None
         part = replace(
-            self._wanted, chunks=run, first_chunk=self._wanted.chunks[0].hash,
+            self._wanted, chunks=run, first_chunk=self._wanted.chunks[0].hash, quality=quality,
             held_bytes=[self._kept[chunk.hash].held for chunk in run],
         )  # fmt: skip
         loop, count_received = asyncio.get_running_loop(), self._session.metrics.bytes_received.inc
-        lacking = iter(run)
+        done = 0
         async with aclosing(Fetch(node, part, lease_id, limit, count_received)) as asked:
-            async with aclosing(asked.objects()) as objects:
-                async for rest in objects:
-                    kept = self._kept[next(lacking).hash]
+            objects = asked.objects()
+            async with (
+                aclosing(objects) as objects,
+                aclosing(objects if timing is None else timing.objects(objects)) as timed,
+            ):
+                async for rest in timed:
+                    kept = self._kept[run[done].hash]
                     try:
                         await loop.run_in_executor(self._session.executor, _put_behind, kept, rest.data, node.address)
                     finally:
                         rest.done()
+                    came(run[done])
+                    done += 1
             await asked.confirm()
+        return done == len(run)
 
-    def _decode(self, chunk: ChunkHit, place: KVArray, coder: DeadlineCoder, in_place: bool) -> None:
+    def _decode(
+        self, chunk: ChunkHit, place: KVArray, coder: DeadlineCoder, in_place: bool, timing: Timing | None = None
+    ) -> None:  # fmt: skip
         """Raises DeadlineExceeded, LayoutError."""
         assert self._wanted is not None
         kept, wanted = self._kept[chunk.hash], self._wanted
@@ -218,10 +282,13 @@ class AsyncRefinement:
         if in_place and len(blob) == kept.applied:
             return
         coder.check()
+        began = time.perf_counter()
         codec.decode(
             blob, wanted.layout, quality=wanted.quality, out=place, chunk_hash=chunk.hash, part=wanted.part,
             profile=kept.profile, coder=coder,
         )  # fmt: skip
+        if timing is not None:
+            timing.decoded(kept.header, len(blob), time.perf_counter() - began)
         if in_place:
             kept.applied = len(blob)
 

@@ -65,7 +65,8 @@ class Node:
         metrics: NodeMetrics, clock: Callable[[], float],
     ) -> None:  # fmt: skip
         self._config, self._holdings, self._namespaces = config, holdings, namespaces
-        self._upstream, self._shared = open_upstream(config, metrics), open_shared(config, metrics)
+        self._upstream = open_upstream(config, metrics, holdings, namespaces, self._on_disk)
+        self._shared = open_shared(config, metrics)
         places: list[Place | None] = [self._upstream, self._shared]
         self._outside = Outside([place for place in places if place is not None])
         self._prefetches = Prefetches(self._read_raw, metrics)
@@ -282,7 +283,8 @@ class Node:
         stage.close()
 
     async def delete(self, namespace_id: bytes, hashes: Sequence[bytes] | None, part: int) -> tuple[int, int]:
-        """(objects, bytes) removed everywhere; the whole namespace, all its parts, without `hashes`."""
+        """(objects, bytes) removed everywhere; the whole namespace, all its parts, without `hashes`. Raises
+        UpstreamAway where they may come back from there."""
         keys = None if hashes is None else [ObjectKey(namespace_id, chunk_hash, part) for chunk_hash in hashes]
         removed = self._delete_here(namespace_id, keys)
         if keys is None:
@@ -341,6 +343,12 @@ class Node:
             ),
             "upstream_queue_bytes": (
                 "Bytes on their way upstream.", lambda: self._upstream.pending_bytes if self._upstream else 0
+            ),
+            "upstream_owed_objects": (
+                "Objects to go upstream when it is back.", lambda: self._upstream.owed_objects if self._upstream else 0
+            ),
+            "upstream_owed_deletes": (
+                "Deletes to be told upstream.", lambda: self._upstream.owed_deletes if self._upstream else 0
             ),
             "prefetches": ("Hints that are being followed.", lambda: len(self._prefetches)),
             "leases": ("Leases held.", lambda: len(holdings.leases)),

@@ -7,16 +7,20 @@ answers in time or with a miss, and counts what it could not do. With none, all 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from kvstore.errors import UpstreamAway
 from kvstore.index.entry import Described, ObjectKey
 from kvstore.tiers.base import Bytes
 from kvstore_codec import KVLayout, Quality
 
 UNKNOWN = bytes(32)  # instead of a hash
+
+Prompt = tuple[bytes, int, bytes]  # namespace, part, first chunk
+Sent = Literal["stored", "have", "rejected", "failed"]  # what became of an object that was sent; the last: it is away
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,17 @@ class PutObject:
     quality: Quality
     data: Bytes
 
+    @property
+    def prompt(self) -> Prompt:
+        return self.key.namespace_id, self.key.part, self.first
+
 
 Keep = Callable[[ObjectKey, FoundObject], None]
 
 
 class Place(Protocol):
-    """One of them. No call raises for what the place does or fails to do; each ends within a bounded time."""
+    """One of them. No call but `delete` and `purge` raises for what the place does or fails to do; each ends within a
+    bounded time."""
 
     @property
     def waits(self) -> bool:
@@ -105,9 +114,11 @@ class Place(Protocol):
     def write(self, put: PutObject) -> asyncio.Future[bool] | None:
         """Sends an object there; the result is whether it is there now. None: it is not sent."""
 
-    async def delete(self, keys: Sequence[ObjectKey]) -> None: ...
+    async def delete(self, keys: Sequence[ObjectKey]) -> None:
+        """Raises UpstreamAway where they may be read from there again."""
 
-    async def purge(self, namespace_id: bytes) -> None: ...
+    async def purge(self, namespace_id: bytes) -> None:
+        """As `delete`."""
 
     async def aclose(self) -> None:
         """Waits for what is on its way, which takes a bounded time."""
@@ -148,13 +159,22 @@ class Outside:
         return [future for waits, future in sent if waits and future is not None]
 
     async def delete(self, keys: Sequence[ObjectKey]) -> None:
-        for place in self._places:
-            await place.delete(keys)
+        await self._everywhere(lambda place: place.delete(keys))
 
     async def purge(self, namespace_id: bytes) -> None:
-        for place in self._places:
-            await place.purge(namespace_id)
+        await self._everywhere(lambda place: place.purge(namespace_id))
 
     async def aclose(self) -> None:
         for place in self._places:
             await place.aclose()
+
+    async def _everywhere(self, change: Callable[[Place], Awaitable[None]]) -> None:
+        """Raises what one of them raised when all have been told."""
+        failed: UpstreamAway | None = None
+        for place in self._places:
+            try:
+                await change(place)
+            except UpstreamAway as error:
+                failed = error
+        if failed is not None:
+            raise failed

@@ -11,13 +11,13 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from kvstore.engine.outside import Chain, FoundChunk, PutObject
+from kvstore.engine.outside import Chain, FoundChunk, PutObject, Sent
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.circuit import Circuit, State
 from kvstore_client.connection import Connections, Node, failures, understood, worth_another_node
@@ -40,7 +40,7 @@ WRITE_PATIENCE_S = 5.0  # without progress: a put or delete waits for the node's
 TOKENS_MAX = 2048  # of a chunk
 _QUALITIES = frozenset(Quality)
 _VERDICTS = {pb.VERDICT_SEND, pb.VERDICT_HAVE, pb.VERDICT_REFUSED}
-_OUTCOMES = {pb.OUTCOME_STORED: "stored", pb.OUTCOME_HAVE: "have", pb.OUTCOME_REJECTED: "rejected"}
+_OUTCOMES: Mapping[int, Sent] = {pb.OUTCOME_STORED: "stored", pb.OUTCOME_HAVE: "have", pb.OUTCOME_REJECTED: "rejected"}
 R = TypeVar("R")
 
 
@@ -60,7 +60,7 @@ class Peer(Protocol):
     def fetch(self, chain: Chain, quality: Quality) -> AsyncGenerator[memoryview, None]:
         """Objects as they were sent, in order: whole, but not verified."""
 
-    async def put(self, objects: Sequence[PutObject]) -> list[str]:
+    async def put(self, objects: Sequence[PutObject]) -> list[Sent]:
         """Of objects of one chain, in its order: "stored", "have" or "rejected"."""
 
     async def delete(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> None:
@@ -127,7 +127,7 @@ class GrpcPeer:
             finally:
                 call.cancel()
 
-    async def put(self, objects: Sequence[PutObject]) -> list[str]:
+    async def put(self, objects: Sequence[PutObject]) -> list[Sent]:
         async with self._call("put") as node, put_stream(node, STREAM_S_MAX) as stream:
             await _within(WRITE_PATIENCE_S, stream.write(Framed(pb.PutRequest(offer=_offer(objects)))), node)
             verdicts = (await _within(WRITE_PATIENCE_S, stream.answer("verdicts"), node)).verdicts.verdicts
@@ -138,10 +138,10 @@ class GrpcPeer:
             await _within(WRITE_PATIENCE_S, stream.write(Framed(pb.PutRequest(commit=pb.PutCommit()))), node)
             await stream.done_writing()
             results = (await _within(WRITE_PATIENCE_S, stream.answer("results"), node)).results.results
-            outcomes = [_OUTCOMES.get(result.outcome, "") for result in results]
-            _check(node, len(outcomes) == len(objects) and all(outcomes), "a put was answered wrongly")
+            sane = len(results) == len(objects) and all(result.outcome in _OUTCOMES for result in results)
+            _check(node, sane, "a put was answered wrongly")
             await stream.settle()
-            return outcomes
+            return [_OUTCOMES[result.outcome] for result in results]
 
     async def delete(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> None:
         request = pb.DeleteRequest(namespace_id=namespace_id, chunk_hashes=b"".join(hashes), part=part)

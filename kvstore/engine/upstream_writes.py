@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice
 
-from kvstore.engine.outside import PutObject
+from kvstore.engine.outside import Prompt, PutObject, Sent
 from kvstore.index.entry import ObjectKey
 from kvstore.metrics import NodeMetrics
 
@@ -15,15 +15,16 @@ STREAMS_MAX = 4  # at a time
 BATCH_OBJECTS = 64  # of one stream
 PENDING_BYTES_MAX = 128 << 20  # beyond it an object does not go upstream
 
-#: Sends objects of one prompt, parents first; whether each is there now. Raises nothing.
-Send = Callable[[Sequence[PutObject]], Awaitable[Sequence[bool]]]
-Prompt = tuple[bytes, int, bytes]  # namespace, part, first chunk
+#: Sends objects of one prompt, parents first; what became of each. Raises nothing.
+Send = Callable[[Sequence[PutObject]], Awaitable[Sequence[Sent]]]
 Queued = tuple[PutObject, asyncio.Future[bool]]
 
 
 class Writes:
-    def __init__(self, send: Send, metrics: NodeMetrics) -> None:
-        self._send, self._metrics = send, metrics
+    """`dropped` is told of what is not even sent."""
+
+    def __init__(self, send: Send, dropped: Callable[[PutObject], object], metrics: NodeMetrics) -> None:
+        self._send, self._dropped, self._metrics = send, dropped, metrics
         self._queues: dict[Prompt, deque[Queued]] = {}
         self._drains: set[asyncio.Task[None]] = set()
         self._streams = asyncio.Semaphore(STREAMS_MAX)
@@ -34,18 +35,18 @@ class Writes:
         """Queues an object; the result is whether it arrived. None where too much is on its way."""
         if self.pending_bytes + len(put.data) > PENDING_BYTES_MAX:
             self._metrics.upstream_writes.labels("full").inc()
-            self._metrics.warn_once("upstream queue", "upstream is slower than puts are: some objects stay here")
+            self._metrics.warn_once("upstream queue", "upstream is slower than puts are: some objects go later")
+            self._dropped(put)
             return None
         self.pending_bytes += len(put.data)
         arrived: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         self._under_way[arrived] = put.key
         arrived.add_done_callback(lambda future: self._under_way.pop(future))
-        prompt = (put.key.namespace_id, put.key.part, put.first)
-        if prompt in self._queues:
-            self._queues[prompt].append((put, arrived))
+        if put.prompt in self._queues:
+            self._queues[put.prompt].append((put, arrived))
         else:
-            self._queues[prompt] = deque([(put, arrived)])
-            drain = asyncio.get_running_loop().create_task(self._drain(prompt))
+            self._queues[put.prompt] = deque([(put, arrived)])
+            drain = asyncio.get_running_loop().create_task(self._drain(put.prompt))
             self._drains.add(drain)
             drain.add_done_callback(self._drains.discard)
         return arrived
@@ -61,14 +62,17 @@ class Writes:
         async with self._streams:
             while queue:
                 batch = list(islice(queue, BATCH_OBJECTS))
-                arrived = await self._send([put for put, _ in batch])
-                for (put, future), there in zip(batch, arrived, strict=True):
+                outcomes = await self._send([put for put, _ in batch])
+                for (put, future), outcome in zip(batch, outcomes, strict=True):
                     queue.popleft()
-                    self._settle(put, future, there)
-                if not all(arrived):  # what is queued behind it would be of no use there
+                    self._settle(put, future, outcome in ("stored", "have"))
+                if not {"stored", "have"}.issuperset(outcomes):  # what is queued behind it is of no use there now
                     self._metrics.upstream_writes.labels("orphaned").inc(len(queue))
                     while queue:
-                        self._settle(*queue.popleft(), False)
+                        put, future = queue.popleft()
+                        if "failed" in outcomes:
+                            self._dropped(put)
+                        self._settle(put, future, False)
         del self._queues[prompt]
 
     def _settle(self, put: PutObject, future: asyncio.Future[bool], there: bool) -> None:

@@ -20,6 +20,7 @@ STATUS_OF_CODE: Mapping[Code, grpc.StatusCode] = {
     Code.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
     Code.STREAM_STALLED: grpc.StatusCode.ABORTED,
     Code.DISK_UNUSABLE: grpc.StatusCode.FAILED_PRECONDITION,
+    Code.UPSTREAM_AWAY: grpc.StatusCode.UNAVAILABLE,
     Code.TIER_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Code.TIER_FAILED: grpc.StatusCode.UNAVAILABLE,
     Code.INTERNAL: grpc.StatusCode.INTERNAL,

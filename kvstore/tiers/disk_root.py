@@ -4,6 +4,7 @@ ROOT/lock          held while a node uses ROOT; freed by the kernel however the 
 ROOT/index         disk_index.py
 ROOT/segments/     disk_segments.py
 ROOT/namespaces/   layouts (engine/namespaces.py)
+ROOT/upstream.sqlite   what nodes upstream have not been told (engine/owed_file.py)
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
 """A sidecar whose upstream is gone in one way or another: its clients have what it holds, and misses for the rest, at
-once but for the first; nothing they get is wrong; and when the upstream is back it is used again by itself."""
+once but for the first; nothing they get is wrong; and when the upstream is back it is used again by itself, and has
+what it missed: puts, and deletes before anything is read from it."""
 
 from __future__ import annotations
 
 import itertools
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import kv_objects as kv
@@ -32,18 +35,29 @@ pytestmark = pytest.mark.slow
 
 
 class Stack:
-    """An upstream behind a relay, a sidecar, and a client of it whose every answer is checked."""
+    """An upstream behind a relay, a sidecar, and a client of it whose every answer is checked. Both nodes have a disk,
+    the upstream one that a put waits for: what it has taken outlives it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.upstream = NodeProcess(folder, "--host-capacity", "256MiB", "--log-level", "warning")
+        self.upstream = self._upstream("127.0.0.1:0")
         self.relay = Relay(int(self.upstream.address.rpartition(":")[2]))
+        self.start_sidecar()
+
+    def start_sidecar(self) -> None:
         self.sidecar = NodeProcess(
-            folder, "--upstream", self.relay.address, "--upstream-timeout-ms", str(TIMEOUT_MS),
-            "--host-capacity", "256MiB", listen=f"unix://{folder}/sidecar.sock", role="sidecar",
+            self.folder, "--upstream", self.relay.address, "--upstream-timeout-ms", str(TIMEOUT_MS),
+            "--host-capacity", "256MiB", "--disk-path", str(self.folder / "sidecar"), "--disk-capacity", "256MiB",
+            listen=f"unix://{self.folder}/sidecar.sock", role="sidecar",
         )  # fmt: skip
         self.client = Client(self.sidecar.address, deadline=DEADLINE_S, registry=CollectorRegistry())
         self._cache = self.client.namespace(LAYOUT)
+
+    def _upstream(self, listen: str) -> NodeProcess:
+        return NodeProcess(
+            self.folder, "--host-capacity", "256MiB", "--disk-path", str(self.folder / "upstream"),
+            "--disk-capacity", "256MiB", "--disk-write", "through", "--log-level", "warning", listen=listen,
+        )  # fmt: skip
 
     def put_upstream(self, talk: Conversation) -> None:
         kv.put(self.upstream.store, LAYOUT, talk.objects(CHUNKS, "high"))
@@ -60,6 +74,18 @@ class Stack:
         result = self._cache.put(talk.tokens(CHUNKS), talk.kv(CHUNKS))
         return result.stored + result.have
 
+    def delete(self, talk: Conversation) -> tuple[str, ...]:
+        """What the sidecar could not promise."""
+        return self._cache.delete(talk.tokens(CHUNKS)).reasons
+
+    def has_upstream(self, talk: Conversation) -> int:
+        """How many chunks the upstream itself holds."""
+        return len(kv.lookup(self.upstream.store, LAYOUT, talk.hashes(CHUNKS)))
+
+    def upstream_state(self) -> str:
+        (found,) = kv.stat(self.sidecar.store).upstreams
+        return found.state
+
     def counters(self) -> Counter[str]:
         return Counter(self.client.stat(deadline=30.0).counters)
 
@@ -67,9 +93,7 @@ class Stack:
         return sum(count for name, count in self.counters().items() if f".{call}." in name and "upstream_fail" in name)
 
     def start_upstream_again(self) -> None:
-        self.upstream = NodeProcess(
-            self.folder, "--host-capacity", "256MiB", "--log-level", "warning", listen=self.upstream.address
-        )
+        self.upstream = self._upstream(self.upstream.address)
 
     def close(self) -> None:
         self.client.close()
@@ -109,20 +133,20 @@ def test_upstream_is_gone_and_comes_back(stack: Stack, fault: Callable[[Stack], 
         stack.put_upstream(talk)
     wait_until(lambda: stack.get(there[0]) == CHUNKS, "it is read from upstream")
     heal = fault(stack)
-    began_s, reads = time.monotonic(), 0
+    began_s, reads, missed = time.monotonic(), 0, []
     for talk in itertools.cycle(there[1:]):
         assert stack.get(talk) == 0
         assert stack.get(here) == stack.get(there[0]) == CHUNKS, "what is here is a hit"
-        assert stack.put(Conversation(1000 + reads)) == CHUNKS
-        assert stack.get(Conversation(1000 + reads)) == CHUNKS
+        missed.append(Conversation(1000 + reads))
+        assert stack.put(missed[-1]) == CHUNKS
+        assert stack.get(missed[-1]) == CHUNKS
         reads += 1
         if time.monotonic() - began_s > FAULT_S and reads > 3:
             break
     told = stack.counters()
     assert told[f"upstream_circuit_changes.{stack.relay.address}.open"] == 1
     assert stack.failures("lookup") + stack.failures("put") + stack.failures("fetch") <= 2, "then it is not asked"
-    (state,) = (each.state for each in kv.stat(stack.sidecar.store).upstreams)
-    assert state != "closed"
+    assert stack.upstream_state() != "closed"
     heal()
     healed_s = time.monotonic()
     stack.put_upstream(there[99])
@@ -130,9 +154,79 @@ def test_upstream_is_gone_and_comes_back(stack: Stack, fault: Callable[[Stack], 
     print(f"{reads} rounds without upstream; asked again after {time.monotonic() - healed_s:.2f} s")
     late = Conversation(5000)
     assert stack.put(late) == CHUNKS
-    hashes = late.hashes(CHUNKS)
-    wait_until(lambda: len(kv.lookup(stack.upstream.store, LAYOUT, hashes)) == CHUNKS, "puts go there again")
+    wait_until(lambda: stack.has_upstream(late) == CHUNKS, "puts go there again")
+    for talk in missed:
+        wait_until(lambda talk=talk: stack.has_upstream(talk) == CHUNKS, "so does what it missed")  # type: ignore[misc]
+    print(f"{CHUNKS * len(missed)} objects that it missed are there after {time.monotonic() - healed_s:.2f} s")
+    sent = CHUNKS * (len(missed) - 1)  # the first may have been on its way
+    wait_until(lambda: stack.counters()["upstream_repairs.sent"] >= sent, "they are counted")
     assert not [name for name in stack.counters() if name.startswith("integrity_failures")]
+
+
+@pytest.mark.parametrize("fault", [killed, stopped, swallowed])
+def test_what_is_deleted_meanwhile_does_not_come_back(
+    stack: Stack, fault: Callable[[Stack], Callable[[], None]]
+) -> None:
+    kept, *deleted = [Conversation(number) for number in range(1, 5)]
+    for talk in (kept, *deleted):
+        stack.put_upstream(talk)
+    wait_until(lambda: stack.get(deleted[0]) == CHUNKS, "it is read from upstream")
+    heal = fault(stack)
+    wait_until(lambda: stack.get(deleted[1]) == 0 and stack.upstream_state() != "closed", "it is away")
+    for talk in deleted:
+        assert stack.delete(talk) == (), "told as done"
+    heal()
+    while stack.get(kept) < CHUNKS:  # so soon as anything comes from there again
+        for talk in deleted:
+            assert stack.get(talk) == 0, "what somebody was told is gone came back"
+    for talk in deleted:
+        assert stack.get(talk) == 0
+        assert stack.has_upstream(talk) == 0
+    told = stack.counters()
+    assert told["upstream_deletes.owed"] == told["upstream_deletes.told"] == CHUNKS * len(deleted)
+
+
+def test_a_delete_that_meets_the_fault_is_no_promise_but_is_kept(stack: Stack) -> None:
+    """The sidecar does not know yet that nobody answers: its caller's deadline ends the call."""
+    talk, other = Conversation(1), Conversation(2)
+    stack.put_upstream(talk)
+    stack.put_upstream(other)
+    wait_until(lambda: stack.get(talk) == CHUNKS, "it is read from upstream")
+    heal = stopped(stack)
+    assert stack.delete(talk) != ()
+    assert stack.get(talk) == 0
+    heal()
+    wait_until(lambda: stack.get(other) == CHUNKS, "it is asked again", deadline_s=RECOVERY_S_MAX)
+    assert stack.get(talk) == 0
+    assert stack.has_upstream(talk) == 0
+
+
+def test_a_sidecar_that_is_killed_knows_what_its_upstream_missed(stack: Stack) -> None:
+    gone, talks = Conversation(1), [Conversation(number) for number in range(10, 14)]
+    stack.put_upstream(gone)
+    wait_until(lambda: stack.get(gone) == CHUNKS, "it is read from upstream")
+    heal = stopped(stack)
+    wait_until(lambda: stack.get(Conversation(2)) == 0 and stack.upstream_state() != "closed", "it is away")
+    assert stack.delete(gone) == ()
+    for talk in talks:
+        assert stack.put(talk) == CHUNKS
+    wait_until(lambda: owed_objects(stack.folder) == CHUNKS * len(talks), "it is on disk")
+    stack.client.close()
+    stack.sidecar.kill()
+    stack.start_sidecar()
+    assert stack.get(gone) == 0
+    heal()
+    for talk in talks:
+        wait_until(lambda talk=talk: stack.has_upstream(talk) == CHUNKS, "it has it now", deadline_s=RECOVERY_S_MAX)  # type: ignore[misc]
+    assert stack.get(gone) == stack.has_upstream(gone) == 0
+    wait_until(lambda: owed_objects(stack.folder) == 0, "nothing is owed any more")
+
+
+def owed_objects(folder: Path) -> int:
+    """As a sidecar would find them that is started now."""
+    with closing(sqlite3.connect(folder / "sidecar" / "upstream.sqlite")) as database:
+        (count,) = database.execute("SELECT count(*) FROM objects").fetchone()
+    return int(count)
 
 
 def test_upstream_dies_while_a_prompt_is_read(stack: Stack) -> None:

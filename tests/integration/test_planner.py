@@ -118,8 +118,7 @@ def test_a_get_with_time_enough_measures_and_then_reads_the_finest(
         first, n = cache.get(tokens, ttft=DEADLINE_S, prefill_tokens_per_s=SLOW_ENGINE)
         again, m = cache.get(tokens, ttft=DEADLINE_S, prefill_tokens_per_s=SLOW_ENGINE)
     assert n == m == TOKENS
-    read = qualities(layout, kv, first)
-    assert (read[0], read[-1]) == ("low", "high")
+    assert qualities(layout, kv, first) == ["high"] * CHUNKS, "what it measured by was made finer behind"
     assert qualities(layout, kv, again) == ["high"] * CHUNKS
 
 
@@ -189,6 +188,32 @@ def test_a_link_that_stalls_leaves_an_intact_prefix_long_before_the_deadline(
     assert waited_s < 60
     assert got.shape[2] == n
     assert len(qualities(layout, kv, got)) == n // CHUNK
+
+
+def test_a_link_that_loses_most_of_its_rate_costs_quality_and_not_the_deadline(
+    node: NodeProcess, relay: Callable[..., ShapedRelay], registry: CollectorRegistry
+) -> None:
+    """Coarsest, all chunks are 4.5 MB and take 1.1 s; one that is still to come when the link slows down takes 3.7 s
+    more."""
+    layout, tokens, kv = stored(node)
+    ttft_s = 3.0
+    link = relay(4e6)
+    with Client(link.address, transport="grpc", strict=True, registry=registry, deadline=DEADLINE_S) as client:
+        cache = client.namespace(layout)
+        for _ in range(2):
+            cache.get(tokens[: 2 * CHUNK])
+        timer = threading.Timer(1.8, link.set_rate, [1e5])
+        timer.start()
+        began = time.monotonic()
+        got, n = cache.get(tokens, ttft=ttft_s, prefill_tokens_per_s=SLOW_ENGINE)
+        waited_s = time.monotonic() - began
+        timer.join()
+    assert n == TOKENS
+    assert waited_s < ttft_s + 0.5
+    read = qualities(layout, kv, got)
+    assert read == sorted(read, key=lambda each: Quality.parse(each)), "finer from the front on"
+    assert read[0] != "low"
+    assert read[-1] != "high"
 
 
 def test_what_is_stored_exactly_is_read_exactly(node: NodeProcess, registry: CollectorRegistry) -> None:

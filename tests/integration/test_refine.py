@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -263,6 +264,43 @@ def test_a_rest_of_something_else_is_not_taken(held: Held, strict: bool) -> None
         refinement.apply()
         assert bits(codec.token_slice(restored.kv, 0, CHUNK)) == bits(decoded(held, "high", 0))
         assert bits(codec.token_slice(restored.kv, CHUNK, 3 * CHUNK)) == bits(decoded(held, "low", 1, 2))
+
+
+@pytest.mark.parametrize("fault", ["hangs", "lies"])
+def test_a_planned_get_is_as_good_as_what_came_where_the_rest_does_not(
+    held: Held, registry: CollectorRegistry, fault: str
+) -> None:
+    """It measures the link with the first chunk, at the coarsest, and refines that within the get."""
+    asked: list[int] = []
+
+    def bad(request: pb.FetchRequest, context: Context) -> Iterator[Answer]:
+        asked.append(len(request.held_bytes))
+        if fault == "hangs":
+            hang(context)
+        yield from pieces(0, bytes(len(rest(held, request, 0))))
+
+    def behind(request: pb.FetchRequest, context: Context) -> Iterator[Answer]:
+        if not request.held_bytes and not request.chunk_hashes.startswith(held.refs[0].hash):
+            first = len(held.refs) - len(request.chunk_hashes) // 32
+            for index, blob in enumerate(held.blobs[first:]):
+                yield from pieces(index, bytes(codec.truncate(blob, Quality(request.quality))))
+            return
+        yield from coarse(held, bad)(request, context)
+
+    ttft_s = 1.5
+    with (
+        HostileServer(lookup=held.lookup, fetch=behind) as server,
+        Client(server.address, deadline=DEADLINE_S, strict=True, registry=registry) as client,
+    ):
+        began = time.monotonic()
+        kv, n = client.namespace(held.layout).get(held.tokens, ttft=ttft_s, prefill_tokens_per_s=1.0)
+        waited_s = time.monotonic() - began
+    assert n == 3 * CHUNK
+    assert asked
+    assert waited_s < ttft_s + 1.0
+    assert bits(codec.token_slice(kv, 0, CHUNK)) == bits(decoded(held, "low", 0))
+    lies = registry.get_sample_value("kvstore_client_failures_total", {"call": "refine", "reason": "damaged"})
+    assert lies == (None if fault == "hangs" else 1)
 
 
 @pytest.mark.parametrize("length", ["whole", "short", "none"])

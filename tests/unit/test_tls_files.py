@@ -11,7 +11,7 @@ from certificates import Authority, Certificate
 from prometheus_client import CollectorRegistry
 
 from kvstore.config import load_config
-from kvstore.engine.upstream_open import open_upstream
+from kvstore.engine.upstream_open import upstream_peers
 from kvstore.errors import ConfigError
 from kvstore.metrics import NodeMetrics
 from kvstore.service.tls import open_tls
@@ -115,7 +115,7 @@ async def test_files_of_a_client_and_of_a_sidecar(
         {},
     )
     with pytest.raises(ConfigError) as raised:
-        open_upstream(config, NodeMetrics(CollectorRegistry()))
+        upstream_peers(config, NodeMetrics(CollectorRegistry()))
     assert said.format(**files) in str(raised.value)
 
 

@@ -1,7 +1,10 @@
 """The controller: what to fetch next, thought over again whenever a chunk has come.
 
 It does no I/O. Its owner asks `step` for a request, tells it what `arrived`, and stops where it says so; slack that was
-gained or lost is in the clock, so the next choice has it. `bench/planner.py` drives the same class over made links.
+gained or lost is in the clock, so the next choice has it. When there is no step more it asks what to `refine`.
+`bench/planner.py` drives the same class over made links.
+
+Most of the time the coarsest quality comes first, all of it: whatever the link does then costs quality and no deadline.
 
 Never slower than recomputing, by more than SLOWER_MAX: while chunk i is on its way, recomputing from i on is always
 there to fall back on, so a chunk is given up (`give_up_at`) when waiting longer would cost that.
@@ -13,17 +16,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from kvstore_client.planner.choose import Choice, Chunk, State, choose
+from kvstore_client.planner.choose import Choice, Chunk, State, choose, ready_times
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates, Speeds, SpeedsAt, careful, expected
 from kvstore_client.planner.plan import Plan, PlannedChunk
+from kvstore_client.planner.refine import Refine, refinement
 from kvstore_codec import Quality
 
 #: Share of the time of recomputing everything that may be lost to a link that turns out too slow.
 SLOWER_MAX = 0.04
 #: How many times its predicted duration a chunk is waited for, where the link is known and there is as much to win.
-_WAIT_FACTOR = 1.5
+_WAIT_FACTOR = 1.2
 #: Left of the budget: sizes are estimates, and the last chunk's surprise has nowhere to go.
 _MARGIN = 0.03
+#: How many times slower the link may become, at the worst moment, without costing the deadline.
+_DROP = 8.0
 
 
 @dataclass(frozen=True)
@@ -51,12 +57,18 @@ class Controller:
 
     def __init__(self, task: Task, peer: PeerEstimates, decode: DecodeEstimates, now: float) -> None:
         self._task, self._peer, self._decode = task, peer, decode
-        self._began = now
+        self.began = now
         self._state = State()
         self._step: Step | None = None
         self._wait_s = 0.0  # for the chunk on its way, since the begin
         self._slow = math.inf  # bytes a second of a chunk that is late
         self._given_up = False
+        self._held: list[Quality] = []  # of the chunks that are done
+        self._coarsely = False  # the coarsest first: once begun so, all of it
+
+    @property
+    def _budget_s(self) -> float:
+        return (1 - _MARGIN) * min(self._task.ttft_s, self._task.recompute_s[0])
 
     @property
     def done(self) -> int:
@@ -66,11 +78,11 @@ class Controller:
     @property
     def give_up_at(self) -> float:
         """Until when to wait for the chunk on its way, on the estimates' clock; then ask `late`."""
-        return self._began + self._wait_s
+        return self.began + self._wait_s
 
     def step(self, now: float) -> Step | None:
         """The next request; None where the rest is to be recomputed, or there is no more."""
-        self._state = replace(self._state, now=now - self._began, flowing=None)
+        self._state = replace(self._state, now=now - self.began, flowing=None)
         self._step = None if self._given_up or self.done == len(self._task.chunks) else self._next(now)
         return self._step
 
@@ -80,12 +92,13 @@ class Controller:
         assert self._step is not None, "chunks come in a step"
         self._peer.link.observe(size_bytes, seconds, now, at_least=held_up)
         self._slow = math.inf
-        chunk, since = self._task.chunks[self.done], now - self._began
+        chunk, since = self._task.chunks[self.done], now - self.began
         quality = chunk.no_better_than(self._step.quality)
         decode_s = chunk.elements / self._decode.expected(now)[quality]
         self._state = State(
             self.done + 1, since, self._step.quality, max(since, self._state.decoder_free_s) + decode_s
         )  # fmt: skip
+        self._held.append(quality)
         if self.done == self._step.last:
             return False
         following = self._next(now)
@@ -104,13 +117,32 @@ class Controller:
                 self._peer.link.observe(size_bytes, seconds, now)
             self._slow = min(self._slow, at_most / seconds)
             came_s = size_bytes / self._slow
-        self._state = replace(self._state, now=now - self._began - came_s, flowing=self._step.quality)
+        self._state = replace(self._state, now=now - self.began - came_s, flowing=self._step.quality)
         following = self._next(now)
         self._given_up = following is None or self.give_up_at <= now
         if self._given_up and not size_bytes:
             # Somewhere between nothing and that bound. The bound itself, as a speed, would have the next get try again.
             self._peer.link.observe(at_most / 2, seconds, now)
         return not self._given_up
+
+    def refine(self, now: float) -> Refine | None:
+        """What to refine when `step` has no more; None where nothing can be by the time that the engine has to begin
+        with the rest."""
+        if self._given_up or not self.done:
+            return None
+        self._state = replace(self._state, now=now - self.began)
+        until_s = self._budget_s - self._task.recompute_s[self.done]
+        return refinement(self._task.chunks, self._held, self._state, self._speeds(expected, now), until_s)
+
+    def refined(
+        self, index: int, quality: Quality, size_bytes: int, seconds: float, now: float, *, held_up: bool = False
+    ) -> None:
+        """What chunk `index` lacked to `quality` has come; the rest as of `arrived`."""
+        self._peer.link.observe(size_bytes, seconds, now, at_least=held_up)
+        since, chunk = now - self.began, self._task.chunks[index]
+        self._held[index] = chunk.no_better_than(quality)
+        decode_s = chunk.elements / self._decode.expected(now)[self._held[index]]
+        self._state = replace(self._state, now=since, decoder_free_s=max(since, self._state.decoder_free_s) + decode_s)
 
     def plan(self, now: float) -> Plan:
         """The choice as it is now, explained."""
@@ -129,7 +161,7 @@ class Controller:
             step = Step(self.done, len(task.chunks), next(iter(task.chunks[self.done].bytes_at)))
             soonest_s = state.now + speeds.latency_s
         elif choice.qualities:
-            step = Step(self.done, self.done + len(choice.qualities), choice.qualities[0])
+            step = Step(self.done, self.done + len(choice.qualities), self._first_quality(choice, speeds))
             size = task.chunks[self.done].bytes_at[step.quality]
             takes_s = size / speeds.bytes_per_s + (speeds.latency_s if step.quality is not state.flowing else 0.0)
             to_win_s = state.now + fallback_s - choice.finish_s
@@ -144,11 +176,27 @@ class Controller:
         self._wait_s = wait_s
         return step if soonest_s < wait_s else None
 
+    def _first_quality(self, choice: Choice, speeds: Speeds) -> Quality:
+        """The finest there is, where all would come in time at the coarsest even if the link slowed down to an eighth
+        while it comes; else the coarsest, to be refined."""
+        task, state = self._task, self._state
+        chunks = task.chunks[state.done : state.done + len(choice.qualities)]
+        finest, coarsest = min(chunks[0].bytes_at), max(chunks[0].bytes_at)
+        finely = [chunk.no_better_than(finest) for chunk in chunks]
+        takes_s = ready_times(chunks, finely, state, speeds)[-1] - state.now
+        share = sum(chunk.bytes_at[chunk.no_better_than(coarsest)] for chunk in chunks) / sum(
+            chunk.bytes_at[quality] for chunk, quality in zip(chunks, finely, strict=True)
+        )
+        left_s = self._budget_s - task.recompute_s[state.done + len(chunks)] - state.now
+        if _DROP * share * takes_s > left_s:
+            self._coarsely = True
+        return coarsest if self._coarsely else finest
+
     def _choose(self, now: float) -> Choice:
         task = self._task
         return choose(
             task.chunks, task.recompute_s, self._state, self._speeds(careful, now), self._speeds(expected, now),
-            (1 - _MARGIN) * min(task.ttft_s, task.recompute_s[0]),
+            self._budget_s,
         )  # fmt: skip
 
     def _speeds(self, at: SpeedsAt, now: float) -> Speeds:

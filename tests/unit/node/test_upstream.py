@@ -6,118 +6,34 @@ import asyncio
 import itertools
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 
-import kv_objects as kv
 import pytest
+from memory_peer import CHAIN, HIGH, Kept, MemoryPeer, calls, holding, put_object, read, settle, told
 from prometheus_client import CollectorRegistry
 from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
 from kvstore.engine import upstream_reads, upstream_writes
-from kvstore.engine.outside import UNKNOWN, Chain, FoundChunk, FoundObject, Outside, PutObject
+from kvstore.engine.outside import UNKNOWN, Chain, Outside, PutObject
+from kvstore.engine.owed import Owed, OwedObject
 from kvstore.engine.upstream import Upstream
-from kvstore.index.entry import ObjectKey
 from kvstore.metrics import NodeMetrics
-from kvstore.tiers.circuit import Circuit, State
-from kvstore_client.errors import KvClientError, ProtocolViolation, Unavailable
+from kvstore.tiers.circuit import Circuit
+from kvstore_client.errors import ProtocolViolation, Unavailable
 from kvstore_cluster.placement import rank
 from kvstore_codec import Quality
 
-HIGH = kv.chunks(LAYOUT, 20, seed=1, quality="high")
-CHAIN = Chain.of(LAYOUT.namespace_id, [chunk.hash for chunk in HIGH], 0, b"")
-
-
-@dataclass
-class MemoryPeer:
-    """A node upstream that is a dict. Its calls wait for `open` and raise `error`."""
-
-    address: str
-    blobs: dict[bytes, bytes] = field(default_factory=dict)
-    state: State = "closed"
-    error: KvClientError | None = None
-    calls: list[tuple[str, int]] = field(default_factory=list)
-    held_up: asyncio.Event | None = None
-
-    def start(self) -> None:
-        self.calls.append(("start", 0))
-
-    async def lookup(self, chain: Chain, lease_ms: int, timeout_s: float) -> list[FoundChunk]:
-        await self._called("lookup", len(chain))
-        known = [chunk_hash in self.blobs for chunk_hash in chain.hashes]
-        count = known.index(False) if False in known else len(known)
-        return [FoundChunk(16, 0, 0, 1, "upstream")] * count
-
-    async def fetch(self, chain: Chain, quality: Quality) -> AsyncGenerator[memoryview, None]:
-        await self._called("fetch", len(chain))
-        for chunk_hash in chain.hashes:
-            if chunk_hash not in self.blobs:
-                return
-            yield codec.truncate(self.blobs[chunk_hash], quality)
-
-    async def put(self, objects: Sequence[PutObject]) -> list[str]:
-        await self._called("put", len(objects))
-        outcomes = ["have" if put.key.chunk_hash in self.blobs else "stored" for put in objects]
-        self.blobs.update({put.key.chunk_hash: bytes(put.data) for put in objects})
-        return outcomes
-
-    async def delete(self, namespace_id: bytes, hashes: Sequence[bytes], part: int) -> None:
-        await self._called("delete", len(hashes))
-        self.blobs = {key: blob for key, blob in self.blobs.items() if hashes and key not in hashes}
-
-    async def aclose(self) -> None:
-        self.calls.append(("aclose", 0))
-
-    async def _called(self, call: str, count: int) -> None:
-        self.calls.append((call, count))
-        if self.held_up is not None:
-            await self.held_up.wait()
-        if self.error is not None:
-            raise self.error
-
-
-class Kept(dict[ObjectKey, FoundObject]):
-    def keep(self, key: ObjectKey, found: FoundObject) -> None:
-        self[key] = found
-
 
 def upstream(*peers: MemoryPeer, waits: bool = False) -> tuple[Upstream, NodeMetrics]:
+    """Not started: nothing is made good (that is test_upstream_repair.py's)."""
     metrics = NodeMetrics(CollectorRegistry())
-    return Upstream(peers, metrics, timeout_s=5.0, writes=True, waits=waits), metrics
+    owed = Owed(peer.address for peer in peers)
+    return Upstream(peers, metrics, timeout_s=5.0, writes=True, waits=waits, owed=owed, whole=holds_nothing), metrics
 
 
-def holding(address: str = "a:1", count: int = 20) -> MemoryPeer:
-    return MemoryPeer(address, {chunk.hash: chunk.blob for chunk in HIGH[:count]})
-
-
-def put_object(at: int, chunks: Sequence[kv.StoredChunk] = HIGH) -> PutObject:
-    chunk = chunks[at]
-    return PutObject(LAYOUT, key_of(chunk), chunk.ref.parent, chunks[0].hash, chunk.quality, chunk.blob)
-
-
-async def read(place: Upstream, chain: Chain = CHAIN, quality: Quality = Quality.RAW, kept: Kept | None = None) -> int:
-    """How many objects came; each is right."""
-    count = 0
-    async for found in place.read(chain, quality, (Kept() if kept is None else kept).keep):
-        assert bytes(found.data) == bytes(codec.truncate(HIGH[count].blob, quality))
-        count += 1
-    return count
-
-
-def calls(peer: MemoryPeer) -> Counter[str]:
-    return Counter(call for call, _ in peer.calls)
-
-
-async def settle() -> None:
-    """Lets everything run that can."""
-    for _ in range(20):
-        await asyncio.sleep(0)
-
-
-def told(metrics: NodeMetrics) -> Counter[str]:
-    return Counter(metrics.snapshot())
+async def holds_nothing(owed: OwedObject) -> PutObject | None:
+    return None
 
 
 # Reads.
@@ -283,7 +199,7 @@ async def test_puts_go_in_order_in_few_streams_and_what_is_there_is_counted() ->
     await place.aclose()
 
 
-async def test_a_put_that_fails_takes_what_follows_it_along_and_is_not_tried_again() -> None:
+async def test_a_put_that_fails_takes_what_follows_it_along_and_all_of_it_is_owed() -> None:
     peer = MemoryPeer("a:1")
     place, metrics = upstream(peer)
     peer.error, peer.held_up = Unavailable("it is away"), asyncio.Event()
@@ -294,11 +210,12 @@ async def test_a_put_that_fails_takes_what_follows_it_along_and_is_not_tried_aga
     assert [future is not None and await future for future in (first, *rest)] == [False] * 4
     assert peer.calls == [("put", 1)]
     assert (told(metrics)["upstream_writes.failed"], told(metrics)["upstream_writes.orphaned"]) == (1, 3)
-    assert place.pending_bytes == 0
+    assert (place.pending_bytes, place.owed_objects) == (0, 4)
     peer.error = None
     again = place.write(put_object(0))
     assert again is not None
     assert await again
+    assert place.owed_objects == 3
     await place.aclose()
 
 
@@ -308,13 +225,13 @@ async def test_the_queue_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     place, metrics = upstream(peer)
     sent = [place.write(put_object(at)) for at in range(5)]
     assert [future is None for future in sent].count(True) >= 2
-    assert told(metrics)["upstream_writes.full"] >= 2
+    assert place.owed_objects == told(metrics)["upstream_writes.full"] >= 2
     await place.aclose()
     assert place.pending_bytes == 0, "a closing node sends what is on its way"
     assert len(peer.blobs) == 5 - told(metrics)["upstream_writes.full"]
 
 
-async def test_a_delete_waits_for_what_is_on_its_way_and_reaches_every_node() -> None:
+async def test_a_delete_waits_for_what_is_on_its_way_and_reaches_every_node_that_is_there() -> None:
     peers = [MemoryPeer("a:1"), MemoryPeer("b:1", state="open")]
     place, metrics = upstream(*peers)
     for at in range(4):
@@ -323,6 +240,7 @@ async def test_a_delete_waits_for_what_is_on_its_way_and_reaches_every_node() ->
     assert [call for call, _ in peers[0].calls] == ["put", "delete"]
     assert peers[0].blobs == {}
     assert told(metrics)["upstream_failures.b:1.delete.open"] == 1
+    assert place.owed_deletes == told(metrics)["upstream_deletes.owed"] == 4
     place.write(put_object(0))
     await place.purge(LAYOUT.namespace_id)
     assert peers[0].blobs == {}
