@@ -39,14 +39,15 @@ class Gets:
         self._planner, self._profiles, self._lost = planner, profiles, lost
 
     async def get(
-        self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
-        limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None,
+        self, refs: Sequence[ChunkRef], key: bytes, first_chunk: bytes, wanted: Quality, floor: Quality,
+        out: KVArray | None, limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None,
     ) -> tuple[KVArray, int]:  # fmt: skip
-        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable.
+        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `first_chunk`: hash of its
+        first chunk, where that is not among them; `out` is sliceable.
 
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
-        asked = Asked(self._layout, self._part, refs, wanted, floor, lease_ms, out)
+        asked = Asked(self._layout, self._part, refs, wanted, floor, lease_ms, out, first_chunk)
 
         async def ask(node: Node, timeout_s: float) -> Got | Hit:
             found_by = Deadline(timeout_s)
@@ -55,7 +56,7 @@ class Gets:
                 if (got := await bulk_get(node, asked, tools, found_by, limit)) is not None:
                     return got
             return await timed_lookup(
-                self._session, node, self._layout, self._part, refs, lease_ms, found_by.remaining()
+                self._session, node, self._layout, self._part, refs, lease_ms, found_by.remaining(), first_chunk
             )
 
         try:
@@ -90,13 +91,13 @@ class Gets:
         lease_ids = hit.lease.ids if hit.lease is not None else ()
 
         async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
-            before = part.chunks[0].first_token // self._layout.chunk_tokens
+            before = (part.chunks[0].first_token - asked.refs[0].first_token) // self._layout.chunk_tokens
             return await fetch(
                 node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
                 self._profile_of(node, limit), timing, None if refinement is None else refinement.keep,
             )  # fmt: skip
 
-        wants = Wanted(self._layout, self._part, chunks, asked.quality, asked.min_quality)
+        wants = Wanted(self._layout, self._part, chunks, asked.quality, asked.min_quality, asked.first_chunk)
         if refinement is not None:
             refinement.begin(wants)
             wants = wants if goal is not None else replace(wants, quality=asked.min_quality)
@@ -113,11 +114,12 @@ class Gets:
 
 
 async def timed_lookup(
-    session: Session, node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], lease_ms: int, timeout_s: float
-) -> Hit:
+    session: Session, node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], lease_ms: int,
+    timeout_s: float, first_chunk: bytes = b"",
+) -> Hit:  # fmt: skip
     """`lookup`, which tells how far away the node is."""
     began = time.monotonic()
-    hit = await lookup(node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s)
+    hit = await lookup(node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s, first_chunk=first_chunk)
     session.peers[node.address].latency.observe(time.monotonic() - began)
     return hit
 

@@ -14,6 +14,7 @@ from kvstore_client.arguments import check_first_token, check_lease_ms, qualitie
 from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.deleting import LostChunks, deleted
+from kvstore_client.engine_hashes import EngineHashes
 from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.following import StreamAsked
 from kvstore_client.getting import Gets, timed_lookup
@@ -56,16 +57,23 @@ class AsyncNamespace:
         self._planner = NamespacePlanner(session, self._part_layout)
         self._gets = Gets(session, layout, part, self._planner, self._profiles, self._lost)
 
-    async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
+    async def lookup(
+        self, token_ids: TokenIds, *, first_token: int = 0, lease_ms: int = LEASE_MS, deadline: float | None = None
+    ) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
 
-        `token_ids`: 1-D integers in [0, 2³²); whole chunks of them are looked up, and the rest with `tail`.
+        `token_ids`: 1-D integers in [0, 2³²), or `EngineHashes`; whole chunks of them are looked up, and the rest with
+        `tail`. `first_token`, a multiple of chunk_tokens: the chunks before it are not asked for; `tokens` of the hit
+        counts them.
         """
         limit = self._session.begin(deadline)
         check_lease_ms(lease_ms)
-        refs = self._refs(token_ids)
+        check_first_token(self.layout, first_token)
+        prompt = self._refs(token_ids)
+        refs = prompt[first_token // self.layout.chunk_tokens :]
+        first = prompt[0] if first_token and prompt else None
         with self._session.timed("lookup"):
-            _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
+            _, hit, reason = await self._find("lookup", refs, lease_ms, limit, first)
         if len(hit.chunks) < len(refs):
             self._session.count_miss(reason)
         return hit
@@ -98,7 +106,7 @@ class AsyncNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False, first_token: int = 0,
         deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
@@ -116,22 +124,31 @@ class AsyncNamespace:
         `refinement`: what lacks to `quality` follows within another `deadline`, the prefix held by its lease meanwhile.
         Those values are written when `await refinement.apply()` says so, never before.
 
+        `first_token`, a multiple of chunk_tokens: the caller has what lies before it. `out` and `kv` begin there, and n
+        counts from there. Not together with `ttft` or `refine`.
+
         Nothing else writes to `out` after this returns or is cancelled.
         """
         limit = self._session.begin(deadline)
         goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
         wanted, floor = qualities(quality, min_quality)
-        refs = self._refs(token_ids)
-        tokens_asked = refs[-1].first_token + refs[-1].tokens if refs else 0
+        check_first_token(self.layout, first_token)
+        if first_token and (goal is not None or refine):
+            raise InvalidArgument("a planned or refined get begins at the prompt's first token", got=first_token)
+        prompt = self._refs(token_ids)
+        refs = prompt[first_token // self.layout.chunk_tokens :]
+        tokens_asked = refs[-1].first_token + refs[-1].tokens - first_token if refs else 0
         if out is not None:
             out = sliceable(out, self._part_layout)
-            room = codec.token_count(out, self._part_layout)
-            refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
+            end = first_token + codec.token_count(out, self._part_layout)
+            refs = [ref for ref in refs if ref.first_token + ref.tokens <= end]
         refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
             if refs:
-                key = self._placement_key(refs)
-                kv, tokens = await self._gets.get(refs, key, wanted, floor, out, limit, goal, refinement)
+                kv, tokens = await self._gets.get(
+                    refs, self._placement_key(prompt), prompt[0].hash if first_token else b"", wanted, floor, out,
+                    limit, goal, refinement,
+                )  # fmt: skip
             else:
                 kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
         self._session.metrics.tokens_hit.inc(tokens)
@@ -314,22 +331,34 @@ class AsyncNamespace:
             return await self._profiles.load(profile_id, limit)
 
     def _refs(self, token_ids: TokenIds) -> list[ChunkRef]:
+        """Raises LayoutError for what are no tokens, InvalidArgument for an engine's hashes that do not fit."""
+        if isinstance(token_ids, EngineHashes):
+            if token_ids.chunk_tokens != self.layout.chunk_tokens:
+                raise InvalidArgument(
+                    "an engine's hashes must be of the layout's chunks", got=token_ids.chunk_tokens,
+                    expected=self.layout.chunk_tokens,
+                )  # fmt: skip
+            if self._extras is not None:
+                raise InvalidArgument("an engine's hashes cover adapter, salt and content: use them without extras")
+            return codec.wrap_engine_hashes(self.layout, token_ids.hashes, tenant_key=self._session.tenant_key)
         return codec.chunk_refs(
             self.layout, token_ids, extras=self._extras, tenant_key=self._session.tenant_key, tail=self._tail
         )
 
     async def _find(
-        self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline
-    ) -> tuple[Node | None, Hit, str]:
-        """(node, hit, why no more); no node where none answered."""
+        self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline,
+        first: ChunkRef | None = None,
+    ) -> tuple[Node | None, Hit, str]:  # fmt: skip
+        """(node, hit, why no more); no node where none answered. `first`: the prompt's first chunk, where `refs` are
+        later ones."""
         if not refs:
             return None, Hit(), ABSENT
-
+        first_chunk = b"" if first is None else first.hash
         try:
             node, hit = await self._session.attempt(
-                call, self._placement_key(refs), limit,
+                call, self._placement_key([first or refs[0]]), limit,
                 lambda node, timeout_s: timed_lookup(
-                    self._session, node, self.layout, self.part, refs, lease_ms, timeout_s
+                    self._session, node, self.layout, self.part, refs, lease_ms, timeout_s, first_chunk
                 ),
             )  # fmt: skip
         except KvClientError as error:
