@@ -38,8 +38,8 @@ AT_ONCE_BYTES_MAX = 2 << 20
 
 @dataclass(frozen=True)
 class Asked:
-    """A get's question, of at most HASHES_MAX chunks. `out`: where to decode into, the first of them at its beginning;
-    None: a new array. `first_chunk`: hash of the prompt's first chunk, where that is not among them."""
+    """A get's question, of at most HASHES_MAX chunks. `out`: where to decode into; None: a new array. `first_chunk`:
+    hash of the prompt's first chunk, where it is not among `refs`."""
 
     layout: KVLayout
     part: int
@@ -51,7 +51,7 @@ class Asked:
     first_chunk: bytes = b""
 
     def room(self, chunks: Sequence[ChunkHit]) -> KVArray:
-        """For `chunks`, the first that were asked for."""
+        """For the first chunks of `refs`."""
         if self.out is not None:
             return self.out
         return codec.empty(self.layout.part_layout(self.part), sum(chunk.tokens for chunk in chunks))
@@ -157,8 +157,8 @@ class _Getting:
         asked, tools = self._asked, self._tools
         began = time.monotonic()
         answer = self._connection.get(
-            lookup_request(asked.layout, asked.part, asked.refs, asked.lease_ms, asked.first_chunk),
-            asked.quality, asked.min_quality, self._found_by, self._deadline.remaining(),
+            lookup_request(asked.layout, asked.part, asked.refs, asked.lease_ms, asked.first_chunk), asked.quality,
+            asked.min_quality, self._found_by, self._deadline.remaining(),
         )  # fmt: skip
         tools.timing.answered(time.monotonic() - began)
         stored = hits_of(self._node.address, asked.layout, asked.part, asked.refs, answer)

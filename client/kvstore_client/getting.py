@@ -39,11 +39,11 @@ class Gets:
         self._planner, self._profiles, self._lost = planner, profiles, lost
 
     async def get(
-        self, refs: Sequence[ChunkRef], key: bytes, first_chunk: bytes, wanted: Quality, floor: Quality,
-        out: KVArray | None, limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None,
+        self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
+        limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None, first_chunk: bytes = b"",
     ) -> tuple[KVArray, int]:  # fmt: skip
-        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `first_chunk`: hash of its
-        first chunk, where that is not among them; `out` is sliceable.
+        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable.
+        `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`.
 
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
@@ -57,7 +57,7 @@ class Gets:
                     return got
             return await timed_lookup(
                 self._session, node, self._layout, self._part, refs, lease_ms, found_by.remaining(), first_chunk
-            )
+            )  # fmt: skip
 
         try:
             node, answer = await self._session.attempt("get", key, limit, ask)
@@ -119,7 +119,9 @@ async def timed_lookup(
 ) -> Hit:  # fmt: skip
     """`lookup`, which tells how far away the node is."""
     began = time.monotonic()
-    hit = await lookup(node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s, first_chunk=first_chunk)
+    hit = await lookup(
+        node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s, first_chunk=first_chunk
+    )  # fmt: skip
     session.peers[node.address].latency.observe(time.monotonic() - began)
     return hit
 

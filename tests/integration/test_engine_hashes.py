@@ -86,7 +86,7 @@ def test_an_engines_hash_is_not_trusted_alone(node: NodeProcess) -> None:
             cache.lookup(EngineHashes([b"12345678"], CHUNK))
         with pytest.raises(InvalidArgument, match="multiple of chunk_tokens"):
             cache.get(prompt, first_token=8)
-        with pytest.raises(InvalidArgument, match="begins at the prompt's first token"):
+        with pytest.raises(InvalidArgument, match="starts at the first token"):
             cache.get(prompt, first_token=16, refine=True)
     with Client(node.address, tenant_key=bytes(32), registry=CollectorRegistry()) as stranger:
         assert stranger.namespace(layout).lookup(prompt).tokens == 0
