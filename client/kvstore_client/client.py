@@ -244,16 +244,21 @@ class PartsNamespace:
 
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, first_token: int = 0, deadline: float | None = None,
-    ) -> tuple[KVArray, int]:  # fmt: skip
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
+    ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): as far as every part came."""
         restored = _run(
             self._async.get(
-                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token,
-                deadline=deadline,
+                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
+                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
             )
         )  # fmt: skip
-        return restored.kv, restored.n
+        return Restored(restored.kv, restored.n)
+
+    def speeds(self) -> dict[str, Speeds]:
+        """See AsyncPartsNamespace.speeds."""
+        return self._async.speeds()
 
     def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,

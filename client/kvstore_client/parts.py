@@ -17,6 +17,8 @@ from kvstore_client.errors import InvalidArgument
 from kvstore_client.kv_views import sliceable
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace
 from kvstore_client.namespace_puts import TokenIds
+from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.estimates import Speeds
 from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import ChunkHit, Hit, Lease, PutResult, Restored
 from kvstore_codec import KVArray, KVLayout, Partition, Quality
@@ -50,9 +52,11 @@ class AsyncPartsNamespace:
 
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, first_token: int = 0, deadline: float | None = None,
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
-        """(kv, n): as far as every part came."""
+        """(kv, n): as far as every part came. Where a plan is asked for, each part follows its own, by what it measures
+        beside the others."""
         if out is None:
             hit = await self.lookup(token_ids, first_token=first_token, deadline=deadline)
             out = codec.empty(self._layout, max(0, hit.tokens - first_token))
@@ -61,12 +65,16 @@ class AsyncPartsNamespace:
         restored = await _all(
             each.get(
                 token_ids, quality=quality, min_quality=min_quality, out=_part_of(out, *place), first_token=first_token,
-                deadline=deadline,
+                ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
             )
             for each, place in zip(self._namespaces, self._slices, strict=True)
         )  # fmt: skip
         tokens = min(part.n for part in restored)
         return Restored(codec.token_slice(out, 0, tokens), tokens)
+
+    def speeds(self) -> dict[str, Speeds]:
+        """As of one of the parts: they are read side by side, over the same network."""
+        return self._namespaces[0].speeds()
 
     async def put(
         self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,

@@ -113,6 +113,17 @@ def test_a_prefix_is_as_long_as_its_shortest_part(client: Client) -> None:
     assert cache.put(TOKENS[:48], kv[:, :, :48], quality="lossless").have == 3
 
 
+def test_a_planned_get_of_parts_and_what_it_measures(client: Client) -> None:
+    layout, kv = layout_of("planned", 1, 2), whole()
+    cache = client.parts(layout)
+    cache.put(TOKENS, kv, quality="lossless")
+    for rate, expected in ((1.0, 80), (1e12, 0)):  # an engine that computes a token a second, and one without cost
+        got, n = cache.get(TOKENS, ttft=10.0, prefill_tokens_per_s=rate)
+        assert n == expected
+        assert bits(got) == bits(kv[:, :, :n])
+    assert len(cache.speeds()) == 1
+
+
 @pytest.mark.parametrize("parts", [[0, 3], [0, 1, 2], [1, 2], [0, 4]])
 def test_parts_that_are_no_rectangle_are_refused(client: Client, parts: list[int]) -> None:
     with pytest.raises(InvalidArgument, match="neighbouring head groups of neighbouring layer groups"):

@@ -345,6 +345,16 @@ def test_what_is_refused_at_start(settings: dict[str, Any], shape: dict[str, Any
     assert not list(Path("/dev/shm").glob(f"*{spec.config.engine_id}*"))
 
 
+def test_rows_that_pages_do_not_divide_are_refused(start_host: StartHost) -> None:
+    """Heads first, several pages a row: then each page is one of the codec's, at the same distance from the next."""
+    odd = KVLayout.uniform(model="odd", revision="1", num_layers=1, kv_heads=1, head_dim=24, chunk_tokens=CHUNK)
+    spec = TieringOffloadingSpec(offloading_config(odd, [tier_entry("127.0.0.1:1", odd)], pages=2))
+    with pytest.raises(InvalidArgument, match="leave blocks_per_chunk at 1"):
+        spec.get_manager()
+    assert not list(Path("/dev/shm").glob(f"*{spec.config.engine_id}*"))
+    start_host("127.0.0.1:1", odd, order="LBNHC", pages=2)
+
+
 def test_two_workers_share_rows_in_vllms_canonical_layout(node: NodeProcess, start_host: StartHost) -> None:
     """There a page holds all heads, whoever computed them: an engine with one worker reads the same chunks."""
     keys, kv = chain("canonical", 3), kv_of(3)

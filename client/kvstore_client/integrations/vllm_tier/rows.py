@@ -37,14 +37,15 @@ class Rows:
         spec, layers = layout.layers[0], layout.num_layers
         page_tokens, pages = config.groups[0].tokens_per_block, config.cache.blocks_per_chunk
         page = page_tokens * spec.kv_heads * 2 * spec.k_dim  # elements
-        flat = np.asarray(view).reshape(-1).view(codec.empty(layout, 0).dtype)
-        rows, row = len(view), flat.size // max(1, len(view))
+        rows, row = len(view), view.nbytes // max(1, len(view)) // layout.itemsize
         if row < layers * pages * page:
             raise InvalidArgument("rows are too short for a chunk", got=row, expected=layers * pages * page)
         # Tokens of a row's pages follow each other, if heads do not come first: then it is one page for the codec.
         self._per_row = 1 if order == TOKENS_FIRST else pages
         if self._per_row > 1 and row % page:
             raise InvalidArgument("rows are no multiple of a page: leave blocks_per_chunk at 1", row=row, page=page)
+        # Not before all is known to be right: vLLM takes back what nobody has a view of.
+        flat = np.asarray(view).reshape(-1).view(codec.empty(layout, 0).dtype)
         self._pages_a_row = row // page if self._per_row > 1 else 1
         blocks = (rows - 1) * self._pages_a_row + self._per_row
         tokens = page_tokens * pages // self._per_row

@@ -50,11 +50,11 @@ class KVStoreTierManager(SecondaryTierManager):  # type: ignore[misc]  # vLLM is
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         check_version(vllm.__version__, VERSIONS)
         config = TierConfig.from_settings(settings)
-        self._rows = Rows(primary_kv_view, offloading_spec.config, config.layout)
         self.locality = None if config.locality is None else Locality(config.locality)
         self._chunk_tokens = config.layout.chunk_tokens
         self._counts = Counts()
         self._client = Client(config.node.address, transport=config.node.transport)
+        self._rows = Rows(primary_kv_view, offloading_spec.config, config.layout)
         self._transfers = Transfers(self._client.namespace(config.layout), self._rows, config.node, self._counts)
         self._lookups = _Lookups(tier_type, self._transfers)
         self._keys_of_loads: dict[int, Sequence[OffloadKey]] = {}

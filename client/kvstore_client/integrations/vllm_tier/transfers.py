@@ -82,7 +82,7 @@ class Transfers:
                 )  # fmt: skip
                 held = len(good_enough(hit.chunks, self._quality))
             found += [True] * held + [False] * (len(asked) - held)
-        if limit.remaining() <= 0:
+        if limit.remaining() <= 0 and not any(found):
             self._paused_until = time.monotonic() + PAUSE_S
             self._counts.log.warn("lookup", "silent", f"no answer in {self._config.lookup_s} s: misses for {PAUSE_S} s")
         self._counts.add("lookup", "hit", sum(found))
