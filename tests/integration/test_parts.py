@@ -110,6 +110,10 @@ def test_a_prefix_is_as_long_as_its_shortest_part(client: Client) -> None:
     got, n = cache.get(TOKENS)
     assert n == 48
     assert bits(got) == bits(kv[:, :, :48])
+    room = np.zeros_like(kv)  # one part of it comes to its end
+    got, n = cache.get(TOKENS, out=room)
+    assert n == 48
+    assert bits(got) == bits(kv[:, :, :48])
     assert cache.put(TOKENS[:48], kv[:, :, :48], quality="lossless").have == 3
 
 

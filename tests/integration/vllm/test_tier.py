@@ -5,6 +5,7 @@ vLLM does not offload on a CPU: the accelerator's part, rows filled and read, is
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 import time
@@ -303,6 +304,8 @@ def test_drain_and_shutdown_are_exact(node: NodeProcess, start_host: StartHost) 
     assert any(name.startswith("kvstore-tier") for name in before)
     other.close()
     assert not region.exists()
+    gc.collect()
+    assert region.name not in Path("/proc/self/maps").read_text(), "somebody still has a view of the rows"
     host.close()
     left = [thread.name for thread in threading.enumerate() if thread.name.startswith("kvstore-tier")]
     assert left == []
