@@ -1,7 +1,8 @@
 """kvstore's client: fetch the KV of a prompt's prefix instead of recomputing it."""
 
 from kvstore_client.aio import AsyncClient
-from kvstore_client.client import Client, Namespace, Refinement, Stream, Writer
+from kvstore_client.client import Client, Namespace, PartsNamespace, Refinement, Stream, Writer
+from kvstore_client.engine_hashes import EngineHashes
 from kvstore_client.errors import (
     AccessDenied,
     BadObject,
@@ -22,6 +23,7 @@ from kvstore_client.errors import (
     Unavailable,
 )  # fmt: skip
 from kvstore_client.namespace import AsyncNamespace
+from kvstore_client.parts import AsyncPartsNamespace
 from kvstore_client.planner.costs import PrefillCost
 from kvstore_client.planner.plan import Plan, PlannedChunk
 from kvstore_client.refining import AsyncRefinement
@@ -59,6 +61,7 @@ __all__ = [
     "AccessDenied",
     "AsyncClient",
     "AsyncNamespace",
+    "AsyncPartsNamespace",
     "AsyncRefinement",
     "AsyncStream",
     "AsyncWriter",
@@ -68,6 +71,7 @@ __all__ = [
     "ClientClosed",
     "DeadlineExceeded",
     "DeleteResult",
+    "EngineHashes",
     "ErrorCode",
     "Extras",
     "Hit",
@@ -86,6 +90,7 @@ __all__ = [
     "ObjectForeign",
     "ObjectUnsupported",
     "Partition",
+    "PartsNamespace",
     "Plan",
     "PlannedChunk",
     "PrefetchResult",

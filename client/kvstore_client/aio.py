@@ -10,7 +10,9 @@ from prometheus_client import REGISTRY, CollectorRegistry
 
 from kvstore_client.background import QUEUE_BYTES_MAX
 from kvstore_client.connection import Node, failures, understood
+from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import AsyncNamespace
+from kvstore_client.parts import AsyncPartsNamespace
 from kvstore_client.results import NodeStat, TierStat
 from kvstore_client.session import Session
 from kvstore_client.target import parse_target
@@ -66,6 +68,16 @@ class AsyncClient:
             self._session, layout, part=part, extras=extras, tail=tail, profile=profile,
             learn_statistics=learn_statistics,
         )  # fmt: skip
+
+    def parts(
+        self, layout: KVLayout, parts: Sequence[int] | None = None, *, extras: Extras | None = None
+    ) -> AsyncPartsNamespace:
+        """The KV of several parts of `layout` as one, of all unless given. They must be neighbours: the head groups
+        from one to another, of the layer groups from one to another. Raises InvalidArgument."""
+        chosen = range(layout.partition.parts) if parts is None else sorted(parts)
+        if not chosen:
+            raise InvalidArgument("name a part, or none for all of them")
+        return AsyncPartsNamespace([self.namespace(layout, part=part, extras=extras) for part in chosen])
 
     async def stat(self, *, deadline: float | None = None) -> NodeStat:
         """The account of the first seed that answers. Raises the typed error where none does, strict or not."""

@@ -24,7 +24,9 @@ from kvstore_client.background import QUEUE_BYTES_MAX
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace
 from kvstore_client.namespace_puts import TokenIds
+from kvstore_client.parts import AsyncPartsNamespace
 from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.estimates import Speeds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult, Restored
@@ -66,6 +68,12 @@ class Client:
             )
         )  # fmt: skip
 
+    def parts(
+        self, layout: KVLayout, parts: Sequence[int] | None = None, *, extras: Extras | None = None
+    ) -> PartsNamespace:
+        """See AsyncClient.parts."""
+        return PartsNamespace(self._async.parts(layout, parts, extras=extras))
+
     def stat(self, *, deadline: float | None = None) -> NodeStat:
         """See AsyncClient.stat."""
         return _run(self._async.stat(deadline=deadline))
@@ -93,9 +101,11 @@ class Namespace:
     def layout(self) -> KVLayout:
         return self._async.layout
 
-    def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
+    def lookup(
+        self, token_ids: TokenIds, *, first_token: int = 0, lease_ms: int = LEASE_MS, deadline: float | None = None
+    ) -> Hit:
         """The longest stored prefix of a prompt."""
-        return _run(self._async.lookup(token_ids, lease_ms=lease_ms, deadline=deadline))
+        return _run(self._async.lookup(token_ids, first_token=first_token, lease_ms=lease_ms, deadline=deadline))
 
     @contextmanager
     def held(
@@ -115,14 +125,14 @@ class Namespace:
 
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, ttft: float | None = None,
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
         prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
         deadline: float | None = None,
     ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
         restored = _run(
             self._async.get(
-                token_ids, quality=quality, min_quality=min_quality, out=out, ttft=ttft,
+                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
                 prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
             )
         )  # fmt: skip
@@ -139,6 +149,10 @@ class Namespace:
                 deadline=deadline,
             )
         )  # fmt: skip
+
+    def speeds(self) -> dict[str, Speeds]:
+        """What gets have measured lately, by address of the node."""
+        return self._async.speeds()
 
     def prefetch(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
@@ -210,6 +224,54 @@ class Namespace:
     def load_profile(self, profile_id: bytes, *, deadline: float | None = None) -> Profile | None:
         """The profile with this id; None on a miss."""
         return _run(self._async.load_profile(profile_id, deadline=deadline))
+
+
+class PartsNamespace:
+    """KV of several parts of a layout. Made by `Client.parts`; see AsyncPartsNamespace."""
+
+    def __init__(self, namespace: AsyncPartsNamespace) -> None:
+        self._async = namespace
+
+    @property
+    def layout(self) -> KVLayout:
+        return self._async.layout
+
+    def lookup(
+        self, token_ids: TokenIds, *, first_token: int = 0, lease_ms: int = LEASE_MS, deadline: float | None = None
+    ) -> Hit:
+        """The longest prefix of which every part is stored."""
+        return _run(self._async.lookup(token_ids, first_token=first_token, lease_ms=lease_ms, deadline=deadline))
+
+    def get(
+        self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
+    ) -> Restored[Refinement]:  # fmt: skip
+        """(kv, n): as far as every part came."""
+        restored = _run(
+            self._async.get(
+                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
+                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+            )
+        )  # fmt: skip
+        return Restored(restored.kv, restored.n)
+
+    def speeds(self) -> dict[str, Speeds]:
+        """See AsyncPartsNamespace.speeds."""
+        return self._async.speeds()
+
+    def put(
+        self, token_ids: TokenIds, kv: KVArray, *, quality: str | Quality = "high", durable: bool = False,
+        provenance: str | Quality = "raw", first_token: int = 0, retain: tuple[int, int] | None = None,
+        deadline: float | None = None,
+    ) -> PutResult:  # fmt: skip
+        """Stores the parts of chunks that are missing, or held at a worse quality."""
+        return _run(
+            self._async.put(
+                token_ids, kv, quality=quality, durable=durable, provenance=provenance, first_token=first_token,
+                retain=retain, deadline=deadline,
+            )
+        )  # fmt: skip
 
 
 class Refinement:

@@ -14,6 +14,7 @@ from kvstore_client.arguments import check_first_token, check_lease_ms, qualitie
 from kvstore_client.connection import Node
 from kvstore_client.deadline import Deadline, checked_seconds
 from kvstore_client.deleting import LostChunks, deleted
+from kvstore_client.engine_hashes import EngineHashes
 from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.following import StreamAsked
 from kvstore_client.getting import Gets, timed_lookup
@@ -25,6 +26,7 @@ from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.namespace_puts import NamespacePuts, TokenIds
 from kvstore_client.planned import NamespacePlanner, checked_goal
 from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.estimates import Speeds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Source
 from kvstore_client.refining import AsyncRefinement
@@ -56,16 +58,23 @@ class AsyncNamespace:
         self._planner = NamespacePlanner(session, self._part_layout)
         self._gets = Gets(session, layout, part, self._planner, self._profiles, self._lost)
 
-    async def lookup(self, token_ids: TokenIds, *, lease_ms: int = LEASE_MS, deadline: float | None = None) -> Hit:
+    async def lookup(
+        self, token_ids: TokenIds, *, first_token: int = 0, lease_ms: int = LEASE_MS, deadline: float | None = None
+    ) -> Hit:
         """The longest stored prefix of a prompt, held by a lease for `lease_ms` (at most; 0: no lease).
 
-        `token_ids`: 1-D integers in [0, 2³²); whole chunks of them are looked up, and the rest with `tail`.
+        `token_ids`: 1-D integers in [0, 2³²), or `EngineHashes`; whole chunks of them are looked up, and the rest with
+        `tail`. `first_token`, a multiple of chunk_tokens: the chunks before it are not asked for; `tokens` of the hit
+        counts them.
         """
         limit = self._session.begin(deadline)
         check_lease_ms(lease_ms)
-        refs = self._refs(token_ids)
+        check_first_token(self.layout, first_token)
+        prompt = self._refs(token_ids)
+        refs = prompt[first_token // self.layout.chunk_tokens :]
+        first = prompt[0] if first_token and prompt else None
         with self._session.timed("lookup"):
-            _, hit, reason = await self._find("lookup", refs, lease_ms, limit)
+            _, hit, reason = await self._find("lookup", refs, lease_ms, limit, first)
         if len(hit.chunks) < len(refs):
             self._session.count_miss(reason)
         return hit
@@ -97,7 +106,7 @@ class AsyncNamespace:
 
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, ttft: float | None = None,
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
         prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
         deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
@@ -108,6 +117,9 @@ class AsyncNamespace:
         min_quality="lossless". `out`: an array to decode into, in any form that `codec.encode` takes, with room for
         some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
         lies behind them is unspecified. Without it, a new numpy array (or list of (k, v) where layers differ).
+
+        `first_token`: a multiple of chunk_tokens; what is before it the caller has. `kv`, `n` and `out` are then of the
+        tokens from there on, and whether the chunks before are stored makes no difference.
 
         With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
         that leaves the rest in time, and no more chunks where recomputing the rest is faster.
@@ -121,17 +133,23 @@ class AsyncNamespace:
         limit = self._session.begin(deadline)
         goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
         wanted, floor = qualities(quality, min_quality)
-        refs = self._refs(token_ids)
-        tokens_asked = refs[-1].first_token + refs[-1].tokens if refs else 0
+        check_first_token(self.layout, first_token)
+        if refine and first_token:
+            raise InvalidArgument("a get that is refined starts at the first token", first_token=first_token)
+        prompt = self._refs(token_ids)
+        refs = prompt[first_token // self.layout.chunk_tokens :]
+        tokens_asked = refs[-1].first_token + refs[-1].tokens - first_token if refs else 0
         if out is not None:
             out = sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
-            refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
+            refs = [ref for ref in refs if ref.first_token + ref.tokens - first_token <= room]
         refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
             if refs:
-                key = self._placement_key(refs)
-                kv, tokens = await self._gets.get(refs, key, wanted, floor, out, limit, goal, refinement)
+                kv, tokens = await self._gets.get(
+                    refs, self._placement_key(prompt), wanted, floor, out, limit, goal, refinement,
+                    prompt[0].hash if first_token else b"",
+                )  # fmt: skip
             else:
                 kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
         self._session.metrics.tokens_hit.inc(tokens)
@@ -178,6 +196,11 @@ class AsyncNamespace:
         with self._session.timed("plan"):
             node, hit, _ = await self._find("plan", self._refs(token_ids), 0, limit)
         return self._planner.plan(goal, node, good_enough(hit.chunks, floor), floor)
+
+    def speeds(self) -> dict[str, Speeds]:
+        """What gets have measured lately, by address of the node: bytes a second, latency, and how fast this client
+        decodes by quality. Without I/O; may be called from any thread."""
+        return self._planner.speeds()
 
     @overload
     def put(
@@ -314,22 +337,33 @@ class AsyncNamespace:
             return await self._profiles.load(profile_id, limit)
 
     def _refs(self, token_ids: TokenIds) -> list[ChunkRef]:
+        """Raises LayoutError for what are no tokens, InvalidArgument for an engine's hashes that do not fit."""
+        if isinstance(token_ids, EngineHashes):
+            if token_ids.chunk_tokens != self.layout.chunk_tokens:
+                raise InvalidArgument(
+                    "an engine's hashes must be of the layout's chunks", got=token_ids.chunk_tokens,
+                    expected=self.layout.chunk_tokens,
+                )  # fmt: skip
+            if self._extras is not None:
+                raise InvalidArgument("an engine's hashes cover adapter, salt and content: use them without extras")
+            return codec.wrap_engine_hashes(self.layout, token_ids.hashes, tenant_key=self._session.tenant_key)
         return codec.chunk_refs(
             self.layout, token_ids, extras=self._extras, tenant_key=self._session.tenant_key, tail=self._tail
         )
 
     async def _find(
-        self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline
+        self, call: str, refs: Sequence[ChunkRef], lease_ms: int, limit: Deadline, first: ChunkRef | None = None
     ) -> tuple[Node | None, Hit, str]:
-        """(node, hit, why no more); no node where none answered."""
+        """(node, hit, why no more); no node where none answered. `first`: the prompt's first chunk, where `refs` are
+        later ones."""
         if not refs:
             return None, Hit(), ABSENT
-
+        first_chunk = b"" if first is None else first.hash
         try:
             node, hit = await self._session.attempt(
-                call, self._placement_key(refs), limit,
+                call, self._placement_key([first or refs[0]]), limit,
                 lambda node, timeout_s: timed_lookup(
-                    self._session, node, self.layout, self.part, refs, lease_ms, timeout_s
+                    self._session, node, self.layout, self.part, refs, lease_ms, timeout_s, first_chunk
                 ),
             )  # fmt: skip
         except KvClientError as error:

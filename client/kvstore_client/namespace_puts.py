@@ -16,6 +16,7 @@ from kvstore_client.arguments import check_first_token, retention
 from kvstore_client.background import Dropped
 from kvstore_client.deadline import Deadline
 from kvstore_client.deleting import LostChunks
+from kvstore_client.engine_hashes import EngineHashes
 from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.kv_views import of_chunk, sliceable
 from kvstore_client.learning import copied
@@ -26,7 +27,7 @@ from kvstore_client.results import PutResult
 from kvstore_client.session import Session
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
 
-TokenIds = Sequence[int] | npt.ArrayLike
+TokenIds = Sequence[int] | npt.ArrayLike | EngineHashes
 #: Of a background put that names no deadline: nobody waits for it, and it may have to wait for others.
 BACKGROUND_DEADLINE_S = 30.0
 #: A future of the caller's kind.

@@ -121,8 +121,9 @@ class AsyncRefinement:
         chunks = [chunk for chunk in self._chunks if chunk.first_token + chunk.tokens <= room]
         coder, decodes = DeadlineCoder(limit), []
         for chunk in chunks:
-            place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
-            decodes.append(self._session.executor.submit(self._decode, chunk, place, coder, out is None))
+            decodes.append(
+                self._session.executor.submit(self._decode, chunk, self._place(into, chunk), coder, out is None)
+            )
         try:
             await settle(decodes, limit.remaining())
         finally:
@@ -152,7 +153,7 @@ class AsyncRefinement:
         timing = pace(iter(lacking))
 
         def came(chunk: ChunkHit) -> None:
-            place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
+            place = self._place(into, chunk)
             decodes.append(self._session.executor.submit(self._decode, chunk, place, coder, True, timing))
 
         try:
@@ -230,6 +231,11 @@ class AsyncRefinement:
             self._session.metrics.failures.labels(CALL, error.code.value).inc()
             self._session.warn(CALL, error.code, str(error))
 
+    def _place(self, into: KVArray, chunk: ChunkHit) -> KVArray:
+        """Where a chunk lies in what begins with the first that is read."""
+        first = chunk.first_token - self._chunks[0].first_token
+        return codec.token_slice(into, first, first + chunk.tokens)
+
     def _lacking(self, chunks: int, quality: Quality) -> list[int]:
         """Which of the first `chunks` chunks would read better at `quality`."""
         assert self._wanted is not None
@@ -250,8 +256,8 @@ class AsyncRefinement:
         typed error of what went wrong."""
         assert self._wanted is not None
         part = replace(
-            self._wanted, chunks=run, first_chunk=self._wanted.chunks[0].hash, quality=quality,
-            held_bytes=[self._kept[chunk.hash].held for chunk in run],
+            self._wanted, chunks=run, first_chunk=self._wanted.first_chunk or self._wanted.chunks[0].hash,
+            quality=quality, held_bytes=[self._kept[chunk.hash].held for chunk in run],
         )  # fmt: skip
         loop, count_received = asyncio.get_running_loop(), self._session.metrics.bytes_received.inc
         done = 0

@@ -187,6 +187,21 @@ def test_a_node_that_dies_costs_the_load_and_nothing_else(engines: list[Engine],
     reader.worker.close()
 
 
+def test_of_several_workers_the_one_that_failed_need_not_be_the_last(engines: list[Engine]) -> None:
+    """What one lacks is reported in a step of its own, before the load has ended for all."""
+    writer, reader = engines
+    saved(writer, list(range(1, 20)))
+    for first, expected in (({3, 4}, (0, False)), (set(), (HELD, True))):
+        asked = request(f"after {len(first)}")
+        assert reader.matched(asked) == HELD
+        reader.scheduler.allocated(asked, [1, 2, 3, 4, 5, 6, 7, 8], HELD)
+        reader.scheduler.step(output())
+        reader.scheduler.loaded([], first)
+        reader.scheduler.loaded([asked.request_id], set())
+        assert reader.scheduler.matched(asked, 0) == expected
+        reader.scheduler.finished(asked.request_id)
+
+
 def test_saves_without_room_are_counted_and_a_failed_one_gives_its_room_back(node: NodeProcess) -> None:
     engine = Engine(node.address, 16, blocks=4200, stage_mib=1)  # room for 128 blocks
     try:

@@ -59,15 +59,20 @@ class EngineProcess:
         self._answer(START_S_MAX)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None,
+        adapter: tuple[str, str] | None = None,
     ) -> dict[str, list[Any]]:  # fmt: skip
-        """See engine_process.generate."""
-        self.send(prompts, max_tokens, salt)
+        """See engine_process.generate. `adapter`: name and folder of a LoRA adapter."""
+        self.send(prompts, max_tokens, salt, adapter)
         return self.answer()
 
-    def send(self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None) -> None:
+    def send(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None,
+        adapter: tuple[str, str] | None = None,
+    ) -> None:  # fmt: skip
         """Asks without waiting: `answer()` has it."""
-        self._ask({"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens, "salt": salt})
+        asked = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}
+        self._ask({**asked, "salt": salt, "adapter": adapter})
 
     def answer(self) -> dict[str, list[Any]]:
         answer: dict[str, list[Any]] = self._answer(ANSWER_S_MAX)

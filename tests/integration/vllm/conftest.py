@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["test_*.py"]
+else:
+    with warnings.catch_warnings():  # what vLLM and torch deprecate of their own when they are imported
+        warnings.simplefilter("ignore")
+        importlib.import_module("vllm.v1.kv_offload.tiering.spec")

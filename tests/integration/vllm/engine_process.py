@@ -1,9 +1,9 @@
 """A vLLM engine in a process of its own, told what to do by JSON lines on stdin; one line answers each.
 
-Started by `vllm_engine.EngineProcess`. Requests: {"prompts": [[token ids] …], "max_tokens": n, "salt": text or null} →
-{"tokens": [[…]…], "first_token_s": [seconds…], "cached": [prompt tokens that were not computed…], "reasons": […]};
-{"counters": true} → the connector's counters; {"hooks": true} → see bench.vllm_hooks; {"reset": true} → forgets the
-engine's own prefix cache.
+Started by `vllm_engine.EngineProcess`. Requests: {"prompts": [[token ids] …], "max_tokens": n, "salt": text or null,
+"adapter": [name, folder] or null} → {"tokens": [[…]…], "first_token_s": [seconds…], "cached": [prompt tokens that were
+not computed…], "reasons": […]}; {"counters": true} → the connector's counters; {"hooks": true} → see bench.vllm_hooks;
+{"reset": true} → forgets the engine's own prefix cache.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # for bench
 ANSWERS = os.fdopen(os.dup(1), "w", buffering=1)
+ADAPTERS: dict[str, int] = {}  # vLLM wants a number for each
 os.dup2(2, 1)  # what vLLM prints goes to the log
 
 from prometheus_client import REGISTRY  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.lora.request import LoRARequest  # noqa: E402
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 
 from bench.vllm_hooks import HookTimes  # noqa: E402
@@ -37,7 +39,9 @@ def counters() -> dict[str, float]:
     }
 
 
-def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, salt: str | None) -> dict[str, Any]:
+def generate(
+    llm: LLM, prompts: list[list[int]], max_tokens: int, salt: str | None, adapter: tuple[str, str] | None
+) -> dict[str, Any]:
     """All prompts at once, greedily."""
     parameters = SamplingParams(
         temperature=0.0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.CUMULATIVE
@@ -48,7 +52,11 @@ def generate(llm: LLM, prompts: list[list[int]], max_tokens: int, salt: str | No
         asked: dict[str, Any] = {"prompt_token_ids": prompt}
         if salt is not None:
             asked["cache_salt"] = salt
-        engine.add_request(f"{began}-{index}", asked, parameters)
+        lora = None
+        if adapter is not None:
+            name, folder = adapter
+            lora = LoRARequest(name, ADAPTERS.setdefault(folder, len(ADAPTERS) + 1), folder)
+        engine.add_request(f"{began}-{index}", asked, parameters, lora_request=lora)
     first_s: dict[int, float] = {}
     done: dict[int, Any] = {}
     while engine.has_unfinished_requests():
@@ -74,7 +82,7 @@ def main() -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "prompts" in asked:
-            answer: Any = generate(llm, asked["prompts"], asked["max_tokens"], asked.get("salt"))
+            answer: Any = generate(llm, asked["prompts"], asked["max_tokens"], asked.get("salt"), asked.get("adapter"))
         elif "reset" in asked:
             answer = {"reset": llm.reset_prefix_cache()}
         elif "hooks" in asked:

@@ -40,7 +40,7 @@ def engine(**parallel: int) -> SimpleNamespace:
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "decode_context_parallel_size": 1, **parallel}
     model = SimpleNamespace(
         dtype=torch.bfloat16, hf_text_config=SimpleNamespace(num_hidden_layers=11), model="m", revision=None,
-        hf_overrides={}, quantization=None,
+        hf_overrides={}, quantization=None, get_total_num_kv_heads=lambda: 2,
     )  # fmt: skip
     return SimpleNamespace(
         parallel_config=SimpleNamespace(**sizes), model_config=model, load_config=SimpleNamespace(load_format="auto")
@@ -63,10 +63,17 @@ def test_an_engine_that_is_supported() -> None:
     assert (facts.num_layers, facts.kv_heads, facts.head_dim, facts.dtype, page_tokens) == (11, 2, 8, "bfloat16", 4)
 
 
+def test_a_worker_of_several_has_a_part_of_the_models_heads() -> None:
+    """What decides the KV is the model's, however many workers share it."""
+    assert facts_of(engine(tensor_parallel_size=2), cache(spec(num_kv_heads=1))) == facts_of(engine(), cache(spec()))
+
+
 @pytest.mark.parametrize(
     ("parallel", "specs", "message"),
     [
-        ({"tensor_parallel_size": 2}, [spec()], "tensor_parallel_size must be 1"),
+        ({"tensor_parallel_size": 4}, [spec(num_kv_heads=1)], "workers that hold the same ones are not supported"),
+        ({"pipeline_parallel_size": 2}, [spec()], "pipeline_parallel_size must be 1"),
+        ({"decode_context_parallel_size": 2}, [spec()], "decode_context_parallel_size must be 1"),
         ({}, [spec(SlidingWindowSpec)], "only models with full attention.*SlidingWindowSpec"),
         ({}, [spec(), spec()], "only models with full attention"),
         ({}, [], "only models with full attention"),

@@ -25,7 +25,8 @@ class ConnectorConfig:
     engine's block size (default: the first from 256 on). `lookup_s`: what asking the node may delay a request.
     `deadline_s`: of a load, which is cut short then, and of a save. `stage_mib`: host memory for KV that is on its way
     to the node; what does not fit is not saved. `transport`: as `Client` takes it. `revision`: which weights these are,
-    in place of a digest of their files.
+    in place of a digest of their files. `head_groups`: into how many parts of as many KV heads each a chunk is stored,
+    a multiple of the engine's tensor parallel size, which is the default.
     """
 
     address: str
@@ -36,6 +37,7 @@ class ConnectorConfig:
     stage_mib: int = 256
     transport: Transport = "auto"
     revision: str | None = None
+    head_groups: int | None = None
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -58,9 +60,9 @@ class ConnectorConfig:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise InvalidArgument(f"{name} is a positive number of seconds", got=value)
-        for name in ("chunk_tokens", "stage_mib"):
+        for name in ("chunk_tokens", "stage_mib", "head_groups"):
             value = getattr(config, name)
-            optional = name == "chunk_tokens" and value is None
+            optional = name != "stage_mib" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InvalidArgument(f"{name} is a positive integer", got=value)
         if config.revision is not None and (not isinstance(config.revision, str) or not config.revision):
@@ -78,6 +80,17 @@ class ConnectorConfig:
         if chosen > CHUNK_TOKENS_MAX:
             raise InvalidArgument(
                 f"a chunk has at most {CHUNK_TOKENS_MAX} tokens: use a smaller --block-size", block_size=page_tokens
+            )  # fmt: skip
+        return chosen
+
+    def head_groups_for(self, kv_heads: int, workers: int) -> int:
+        """Of a model with so many KV heads in an engine that shards them over so many workers. Raises
+        InvalidArgument."""
+        chosen = self.head_groups or workers
+        if chosen % workers or kv_heads % chosen:
+            raise InvalidArgument(
+                "head_groups must be a multiple of tensor_parallel_size and divide the model's KV heads",
+                head_groups=chosen, tensor_parallel_size=workers, kv_heads=kv_heads,
             )  # fmt: skip
         return chosen
 

@@ -47,11 +47,16 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         transfer = vllm_config.kv_transfer_config
         self._config = ConnectorConfig.from_extra(transfer.kv_connector_extra_config)
         facts, page_tokens = facts_of(vllm_config, kv_cache_config)
+        workers = vllm_config.parallel_config.tensor_parallel_size
         layout = layout_of(
-            facts, chunk_tokens=self._config.chunk_tokens_for(page_tokens), revision=self._config.revision
-        )
+            facts, chunk_tokens=self._config.chunk_tokens_for(page_tokens), revision=self._config.revision,
+            head_groups=self._config.head_groups_for(facts.kv_heads, workers),
+        )  # fmt: skip
         self._client = Client(self._config.address, transport=self._config.transport)
-        self._namespaces, self._metrics = Namespaces(self._client, layout), connector_metrics()
+        shard = {} if role is KVConnectorRole.SCHEDULER else {
+            "rank": vllm_config.parallel_config.rank % workers, "workers": workers
+        }  # fmt: skip
+        self._namespaces, self._metrics = Namespaces(self._client, layout, **shard), connector_metrics()
         self._page_tokens = page_tokens
         self._worker: WorkerSide | None = None  # when there are pages
         self._scheduler: SchedulerSide | None = None
@@ -86,10 +91,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return StepWork(*self._for_scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
-        if connector_output.finished_recving:
-            self._for_scheduler.loaded(
-                list(connector_output.finished_recving), connector_output.invalid_block_ids or set()
-            )
+        ended, failed = connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
+        if ended or failed:
+            self._for_scheduler.loaded(list(ended), failed)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once: saves have copied them. vLLM itself keeps those of a load under way."""

@@ -6,7 +6,7 @@ All that is not known to be right is refused here, when the engine starts, with 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,21 +15,21 @@ import torch
 
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.integrations.vllm.identity import EngineFacts
-from kvstore_client.integrations.vllm.pages import PageShape, found_order, views
+from kvstore_client.integrations.vllm.pages import PageOrder, PageShape, found_order, views
 from kvstore_client.integrations.vllm.staging import PagePlane
 
 VERSIONS = ("0.31", "0.32")  # what the integration tests ran on
-_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size")
+_UNSHARDED = ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size")
 _BITS = {2: torch.int16, 4: torch.int32}
 _NUMPY = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: "float16", torch.float32: "float32"}
 _NUMBER = re.compile(r"\.(\d+)\.")
 
 
-def check_version(version: str) -> None:
+def check_version(version: str, versions: Sequence[str] = VERSIONS) -> None:
     """Raises InvalidArgument."""
-    if not any(version == known or version.startswith(f"{known}.") for known in VERSIONS):
+    if not any(version == known or version.startswith(f"{known}.") for known in versions):
         raise InvalidArgument(
-            f"this connector knows vLLM {', '.join(VERSIONS)}: install one of these, or a newer llm-kvstore",
+            f"this connector knows vLLM {', '.join(versions)}: install one of these, or a newer llm-kvstore",
             found=version,
         )  # fmt: skip
 
@@ -37,9 +37,15 @@ def check_version(version: str) -> None:
 def facts_of(vllm_config: Any, kv_cache_config: Any) -> tuple[EngineFacts, int]:
     """(what decides the engine's KV, tokens of a block). Raises InvalidArgument for an engine that is not supported."""
     model, parallel, spec = vllm_config.model_config, vllm_config.parallel_config, _spec(kv_cache_config)
-    for name in _PARALLEL:
-        if getattr(parallel, name) != 1:
-            raise InvalidArgument(f"{name} must be 1: sharded KV is not supported yet", got=getattr(parallel, name))
+    for name in _UNSHARDED:
+        if getattr(parallel, name, 1) != 1:
+            raise InvalidArgument(f"{name} must be 1: KV is shared by heads alone yet", got=getattr(parallel, name))
+    workers, kv_heads = parallel.tensor_parallel_size, model.get_total_num_kv_heads()
+    if spec.num_kv_heads * workers != kv_heads:
+        raise InvalidArgument(
+            "tensor_parallel_size must divide the model's KV heads: workers that hold the same ones are not supported "
+            "yet", tensor_parallel_size=workers, kv_heads=kv_heads,
+        )  # fmt: skip
     dtype = str(model.dtype).removeprefix("torch.")
     if spec.dtype != model.dtype or spec.dtype not in _NUMPY:
         raise InvalidArgument(
@@ -54,7 +60,7 @@ def facts_of(vllm_config: Any, kv_cache_config: Any) -> tuple[EngineFacts, int]:
     overrides = {"hf_overrides": model.hf_overrides, "quantization": model.quantization}
     return EngineFacts(
         model=model.model, revision=model.revision, load_format=str(vllm_config.load_config.load_format), dtype=dtype,
-        config=model.hf_text_config, overrides=overrides, num_layers=layers, kv_heads=spec.num_kv_heads,
+        config=model.hf_text_config, overrides=overrides, num_layers=layers, kv_heads=kv_heads,
         head_dim=spec.head_size,
     ), spec.block_size  # fmt: skip
 
@@ -68,17 +74,13 @@ def pages_of(
     """
     spec = _spec(kv_cache_config)
     shape = PageShape(spec.block_size, spec.num_kv_heads, spec.head_size)
-    names = sorted(kv_cache_config.kv_cache_groups[0].layer_names, key=_layer_number)
-    if [_layer_number(name) for name in names] != list(range(len(names))):
-        raise InvalidArgument("the layers' names do not tell their order", first=names[0], last=names[-1])
+    names = kv_cache_config.kv_cache_groups[0].layer_names
     caches = []
-    for name in names:
-        pages, layer = tensors[name], vllm_config.compilation_config.static_forward_context[name]
+    for _, name in sorted(zip(layer_numbers(names), names, strict=True)):
+        pages = tensors[name]
         if pages.device.type != "cpu":
             raise InvalidArgument("KV on an accelerator is not supported yet", device=pages.device)
-        if not hasattr(layer.impl, "do_kv_cache_update"):
-            raise InvalidArgument("the attention backend does not say how it writes KV", backend=type(layer.impl))
-        order = found_order(pages, shape, partial(_write, layer, pages))
+        order = order_of(vllm_config, name, pages, shape)
         k, v = (_as_numpy(plane) for plane in views(pages, order, shape))
         if k.shape[0] != kv_cache_config.num_blocks:
             raise InvalidArgument(
@@ -87,6 +89,22 @@ def pages_of(
             )  # fmt: skip
         caches.append((k, v))
     return caches
+
+
+def order_of(vllm_config: Any, name: str, pages: torch.Tensor, shape: PageShape) -> PageOrder:
+    """How a layer's attention lays KV down in its pages. Raises InvalidArgument where that is in no known way."""
+    layer = vllm_config.compilation_config.static_forward_context[name]
+    if not hasattr(layer.impl, "do_kv_cache_update"):
+        raise InvalidArgument("the attention backend does not say how it writes KV", backend=type(layer.impl))
+    return found_order(pages, shape, partial(_write, layer, pages))
+
+
+def layer_numbers(names: Sequence[str]) -> list[int]:
+    """Which layer of the model each is. Raises InvalidArgument where the names do not tell, or some are missing."""
+    numbers = [_layer_number(name) for name in names]
+    if sorted(numbers) != list(range(len(names))):
+        raise InvalidArgument("the layers' names do not tell their order", first=min(names), last=max(names))
+    return numbers
 
 
 def _write(layer: Any, pages: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -15,10 +15,10 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from kvstore_client.client import Client, Namespace
+from kvstore_client.client import Client, Namespace, PartsNamespace
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.integrations.hf_config import MODEL_TYPES, rope_of
-from kvstore_codec import Extras, KVLayout, MultimodalItem, RoPE
+from kvstore_codec import Extras, KVLayout, MultimodalItem, Partition, RoPE
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf", "config.json", "adapter_config.json")
 _LOAD_FORMATS = {"auto", "hf", "safetensors", "pt", "fastsafetensors", "mistral", "gguf"}  # they read the files
@@ -42,8 +42,9 @@ class EngineFacts:
     head_dim: int
 
 
-def layout_of(facts: EngineFacts, *, chunk_tokens: int, revision: str | None) -> KVLayout:
-    """`revision`: in place of a digest of the weights. Raises InvalidArgument where neither can be had."""
+def layout_of(facts: EngineFacts, *, chunk_tokens: int, revision: str | None, head_groups: int = 1) -> KVLayout:
+    """`revision`: in place of a digest of the weights. How many workers the engine has is no part of it: `head_groups`
+    is what those who share agree on. Raises InvalidArgument where the weights cannot be known."""
     weights = revision or weights_of(facts.model, facts.revision, facts.load_format)
     rope = _rope(facts)
     # A rotation that a layout cannot name is told apart by what the configuration says of it.
@@ -55,6 +56,7 @@ def layout_of(facts: EngineFacts, *, chunk_tokens: int, revision: str | None) ->
     return KVLayout.uniform(
         model=PurePath(facts.model).name, revision=f"vllm:{digest}", num_layers=facts.num_layers,
         kv_heads=facts.kv_heads, head_dim=facts.head_dim, dtype=facts.dtype, chunk_tokens=chunk_tokens, rope=rope,
+        partition=Partition(head_groups=head_groups),
     )  # fmt: skip
 
 
@@ -114,13 +116,22 @@ class RequestKey:
 
 
 class Namespaces:
-    """The namespaces of an engine's requests. Its calls may be made from any thread."""
+    """The namespaces of an engine's requests: of all their KV, or of the heads that worker `rank` of `workers` has. Its
+    calls may be made from any thread."""
 
-    def __init__(self, client: Client, layout: KVLayout) -> None:
+    def __init__(self, client: Client, layout: KVLayout, *, rank: int = 0, workers: int = 1) -> None:
         self.layout = layout
-        self._of_extras = lru_cache(_NAMESPACES_MAX)(lambda extras: client.namespace(layout, extras=extras))
+        groups = layout.partition.head_groups // workers
+        parts = range(rank * groups, (rank + 1) * groups)
 
-    def of(self, key: RequestKey) -> Namespace:
+        def made(extras: Extras | None) -> Namespace | PartsNamespace:
+            if len(parts) == 1:
+                return client.namespace(layout, part=parts[0], extras=extras)
+            return client.parts(layout, parts, extras=extras)
+
+        self._of_extras = lru_cache(_NAMESPACES_MAX)(made)
+
+    def of(self, key: RequestKey) -> Namespace | PartsNamespace:
         """Raises InvalidArgument, OSError where the request's adapter cannot be read."""
         return self._of_extras(key.extras())
 

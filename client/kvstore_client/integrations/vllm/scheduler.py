@@ -102,13 +102,15 @@ class SchedulerSide:
         return loads, saves
 
     def loaded(self, request_ids: Sequence[str], failed_block_ids: set[int]) -> None:
-        """What the workers have to say of loads. A request whose load failed is computed: what failed once is not
+        """What the workers have to say of loads: which have ended, and blocks that lack their part; of several workers
+        the last to end may not be the one that failed. A request whose load failed is computed: what failed once is not
         waited for again."""
+        for tracked in self._requests.values() if failed_block_ids else ():
+            if tracked.load is not None and not failed_block_ids.isdisjoint(tracked.load.block_ids):
+                tracked.load_failed = True
         for request_id in request_ids:
-            tracked = self._requests.get(request_id)
-            if tracked is not None and tracked.load is not None:
-                tracked.load_failed = not failed_block_ids.isdisjoint(tracked.load.block_ids)
-                tracked.load = None
+            if (ended := self._requests.get(request_id)) is not None:
+                ended.load = None
 
     def finished(self, request_id: str) -> None:
         """The request has ended."""

@@ -33,7 +33,7 @@ class WorkerSide:
         self._config, self._namespaces, self._metrics = config, namespaces, metrics
         self._caches = caches
         self._page_tokens = caches[0][0].shape[1]
-        page_bytes = self._page_tokens * namespaces.layout.bytes_per_token
+        page_bytes = sum(plane[0].nbytes for kv in caches for plane in kv)
         self._staging = Staging(caches, max(1, (config.stage_mib << 20) // page_bytes))
         self._loading: dict[str, tuple[Load, Future[int]]] = {}
         self._saving: set[Future[PutResult]] = set()
