@@ -115,7 +115,7 @@ def test_a_stream_under_way_outlives_the_connection_that_it_is_on(
         if call_under_way == "lookup":
             node.process.send_signal(signal.SIGSTOP)
         reading = thread.submit(lambda: list(cache.stream(tokens, wait=PATIENT_S)))
-        time.sleep(0.2)
+        threading.Event().wait(0.2)
         node.process.send_signal(signal.SIGSTOP)
         for _ in range(8):
             cache.lookup(tokens, deadline=0.1)
