@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ class EngineProcess:
             self.process = subprocess.Popen(
                 [sys.executable, PROGRAM, json.dumps(settings)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=variables, text=True,
+                start_new_session=True,
             )  # fmt: skip
         self._answer(START_S_MAX)
 
@@ -126,8 +128,9 @@ class EngineProcess:
         return code
 
     def kill(self) -> None:
-        """Does nothing to one that has stopped."""
-        self.process.kill()
+        """With the processes that it has started, if there are any. Does nothing to one that has stopped."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(ANSWER_S_MAX)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:

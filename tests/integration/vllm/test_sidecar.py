@@ -52,7 +52,7 @@ def test_restarts_of_engine_and_sidecar(
         return ending[-1]  # type: ignore[return-value]
 
     def start_engine(name: str, address: str) -> EngineProcess:
-        ending.append(EngineProcess(tmp_path / f"{name}.log", kv_transfer(address, transport="shm", lookup_s=2.0)))
+        ending.append(EngineProcess(tmp_path / f"{name}.log", kv_transfer(address, transport="shm", lookup_s=10.0)))
         return ending[-1]  # type: ignore[return-value]
 
     sidecar = start_sidecar()
