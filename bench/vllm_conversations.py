@@ -99,16 +99,24 @@ def converse(talk: Talk, servers: Sequence[Server], line: int, until_s: float) -
 
 
 def wrong_answers(folder: Path, talk: Talk, conversations: Sequence[Conversation], dtype: str) -> int:
-    """Turns that an engine of its own answers otherwise, with the conversation as it was."""
+    """Turns that an engine of its own answers otherwise, with the conversation as it was: several at a time, turn by
+    turn."""
     engine = EngineProcess(folder / "reference.log", None, dtype=dtype)
     wrong = 0
     try:
-        for conversation in conversations:
-            tokens = talk.begun(conversation.number).tokens
-            for number, turn in enumerate(conversation.turns):
-                tokens += talk.question(conversation.number, number)
-                wrong += engine.generate([tokens], ANSWER_TOKENS)["tokens"][0] != turn.answer.tokens
-                tokens += turn.answer.tokens
+        for start in range(0, len(conversations), CONVERSATIONS):
+            some = conversations[start : start + CONVERSATIONS]
+            said = {each.number: talk.begun(each.number).tokens for each in some}
+            for turn in range(TURNS):
+                going_on = [each for each in some if turn < len(each.turns)]
+                if not going_on:
+                    break
+                for each in going_on:
+                    said[each.number] += talk.question(each.number, turn)
+                answers = engine.generate([said[each.number] for each in going_on], ANSWER_TOKENS)["tokens"]
+                for each, answer in zip(going_on, answers, strict=True):
+                    wrong += answer != each.turns[turn].answer.tokens
+                    said[each.number] += each.turns[turn].answer.tokens
     finally:
         engine.kill()
     return wrong
