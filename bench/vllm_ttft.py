@@ -1,30 +1,37 @@
-"""Time to first token of a real vLLM engine (SmolLM2, CPU) with kvstore's connector, and what its hooks cost.
+"""Time to first token of a real vLLM engine (SmolLM2, CPU) by the store that it is given, and what ours costs a step.
 
-Each prompt is asked for four times: *cold*, when nobody has it; *native*, when the engine's own prefix cache has it;
-*kvstore*, when that has been reset; *restart*, in an engine that has just been started, with the node still there. All
-but the first restore the same tokens, in the same blocks, and must generate the same. With `--plain` an engine without
-connector computes the prompts too. Prompts share no block, and take turns.
+An engine for each store (see vllm_contestants; "none": no store). Each prompt is asked for four times: *cold*, when
+nobody has it; *native*, when the engine's own prefix cache has it; *warm*, when that has been reset and the store has
+it; *restart*, in an engine that has just been started, with the store still there. All but the first restore the same
+tokens, in the same blocks, and must generate the same. Prompts share no block; the engines take turns, one at a time.
 
-Run it with `make vllm-bench`.
+Run it with `make vllm-bench`, which gives an engine a node and another one a sidecar; with the stores of others, after
+`make vllm-rivals`: STORES='node sidecar none lmcache mooncake' make vllm-bench.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
+import threading
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from node_process import NodeProcess
 from smollm2 import CACHE, TEXT
 from transformers import AutoTokenizer
-from vllm_engine import BLOCK_TOKENS, DTYPE, EngineProcess, kv_transfer
+from vllm_engine import BLOCK_TOKENS, DTYPE, EngineProcess
 
+from bench.vllm_contestants import CONTESTANTS, Contestant
 from kvstore.demo import model
 
 ANSWER_TOKENS = 8
+SETTLE_S = 3.0  # for stores that do not tell when they have stored
+Asked = dict[str, list[dict[str, Any]]]  # way → of each prompt: "seconds", "tokens", "restored"
 
 
 def prompts_of(count: int, tokens: int) -> list[list[int]]:
@@ -33,78 +40,128 @@ def prompts_of(count: int, tokens: int) -> list[list[int]]:
     return [encode(f"{number}. " + TEXT * (tokens // 500 + 1))[:tokens] for number in range(count)]
 
 
-def asked(engine: EngineProcess, prompt: list[int]) -> tuple[float, list[int], int]:
-    """(seconds to the first token, tokens, tokens restored)."""
-    answer = engine.generate([prompt], ANSWER_TOKENS)
-    return answer["first_token_s"][0], answer["tokens"][0], answer["cached"][0]
+class Engine:
+    """One contestant's, and what it answered."""
+
+    def __init__(self, folder: Path, name: str, contestant: Contestant) -> None:
+        self.name, self.contestant, self._folder = name, contestant, folder
+        self.answers: Asked = defaultdict(list)
+        self._saved = 0
+        self._process = self._started()
+
+    def ask(self, way: str, prompt: Sequence[int]) -> None:
+        answer = self._process.generate([prompt], ANSWER_TOKENS)
+        self.answers[way].append({
+            "seconds": answer["first_token_s"][0], "tokens": answer["tokens"][0], "restored": answer["cached"][0]
+        })  # fmt: skip
+
+    def forget(self, tokens: int) -> None:
+        """Its own prefix cache, when the store has the last prompt, of so many tokens in whole blocks."""
+        if self.contestant.is_ours:
+            self._saved += tokens
+            self._process.wait_saved(self._saved)
+        else:
+            threading.Event().wait(SETTLE_S)
+        assert self._process.reset(), f"{self.name}: blocks are still in use"
+
+    def hooks(self) -> dict[str, dict[str, float]]:
+        return self._process.hooks()
+
+    def restart(self) -> None:
+        self._process.stop()
+        self._process = self._started()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _started(self) -> EngineProcess:
+        log = self._folder / f"engine-{len(self.answers)}.log"
+        return EngineProcess(log, self.contestant.transfer, environment=self.contestant.environment)
 
 
-def measured(folder: Path, rounds: int, tokens: int, quality: str, plain: bool) -> dict[str, Any]:
+def measured(folder: Path, stores: Sequence[str], rounds: int, tokens: int, quality: str) -> dict[str, Any]:
     prompts = prompts_of(rounds + 1, tokens)  # the first is to warm up
-    restored = (tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS
-    seconds: dict[str, list[float]] = {name: [] for name in ("cold", "native", "kvstore", "restart")}
-    answers: list[list[int]] = []
-    node = NodeProcess(folder)
-    engines: list[EngineProcess] = []
-    try:
-        transfer = kv_transfer(node.address, quality=quality)
-        engines.append(EngineProcess(folder / "first.log", transfer))
+    blocks = tokens // BLOCK_TOKENS * BLOCK_TOKENS
+    with contextlib.ExitStack() as ending:
+        engines = []
+        for name in stores:
+            (own := folder / name).mkdir()
+            contestant = ending.enter_context(CONTESTANTS[name](own, quality))
+            engines.append(Engine(own, name, contestant))
+            ending.callback(engines[-1].kill)
         for number, prompt in enumerate(prompts):
-            for way in ("cold", "native", "kvstore"):
-                if way == "kvstore":
-                    engines[0].wait_saved((number + 1) * (tokens // BLOCK_TOKENS * BLOCK_TOKENS))
-                    engines[0].reset()
-                first_s, answer, cached = asked(engines[0], prompt)
-                assert cached == (0 if way == "cold" else restored), (way, cached)
-                if way == "native":
-                    answers.append(answer)
-                assert way != "kvstore" or quality != "lossless" or answer == answers[-1], "other tokens"
-                seconds[way].append(first_s)
-        hooks = engines[0].hooks()
-        engines[0].stop()
-        engines.append(EngineProcess(folder / "second.log", transfer))
-        for prompt, expected in zip(prompts, answers, strict=True):
-            first_s, answer, cached = asked(engines[1], prompt)
-            assert cached == restored
-            assert quality != "lossless" or answer == expected, "other tokens"
-            seconds["restart"].append(first_s)
-        engines[1].stop()
-        if plain:
-            engines.append(EngineProcess(folder / "plain.log", None))
-            seconds["plain"] = [asked(engines[2], prompt)[0] for prompt in prompts]
-    finally:
+            for engine in turned(engines, number):
+                engine.ask("cold", prompt)
+                engine.ask("native", prompt)
+                if engine.contestant.transfer is not None:
+                    engine.forget(blocks)
+                    engine.ask("warm", prompt)
+        hooks = {engine.name: engine.hooks() for engine in engines if engine.contestant.is_ours}
         for engine in engines:
-            engine.kill()
-        node.kill()
+            if engine.contestant.transfer is not None:
+                engine.restart()
+        for number, prompt in enumerate(prompts):
+            for engine in turned(engines, number):
+                if engine.contestant.transfer is not None:
+                    engine.ask("restart", prompt)
+    for engine in engines:
+        check(engine, (tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS, quality)
     return {
-        "dtype": DTYPE, "tokens": tokens, "restored": restored, "rounds": rounds, "quality": quality, "hooks": hooks,
-        "seconds": {way: measured_s[1:] for way, measured_s in seconds.items()},
+        "dtype": DTYPE, "tokens": tokens, "rounds": rounds, "quality": quality, "hooks": hooks,
+        "answers": {
+            engine.name: {way: answers[1:] for way, answers in engine.answers.items()} for engine in engines
+        },
     }  # fmt: skip
 
 
-def show(found: dict[str, Any]) -> None:
-    cold = statistics.median(found["seconds"]["cold"])
-    print(f"{found['tokens']} tokens, {found['restored']} restored, {found['rounds']} prompts")
-    print(f"{found['dtype']}, {found['quality']}\n")
-    print("| | TTFT s (median) | least | most | cold ÷ this |\n|---|---|---|---|---|")
-    for way, seconds in found["seconds"].items():
-        median = statistics.median(seconds)
-        print(f"| {way} | {median:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {cold / median:.1f} |")
-    print("\n| hook, while a load is under way | calls | median µs | p99 µs | most µs |\n|---|---|---|---|---|")
-    for name, each in found["hooks"].items():
-        print(f"| {name} | {each['calls']} | {each['p50_us']:.1f} | {each['p99_us']:.1f} | {each['max_us']:.1f} |")
+def turned(engines: Sequence[Engine], number: int) -> list[Engine]:
+    """Another one begins each time."""
+    return [*engines[number % len(engines) :], *engines[: number % len(engines)]]
+
+
+def check(engine: Engine, restored: int, quality: str) -> None:
+    """Ours restores all that the engine's own cache does, and the same; of others the table says what they restored."""
+    native = engine.answers["native"]
+    assert [each["restored"] for each in native] == [restored] * len(native)
+    if not engine.contestant.is_ours:
+        return
+    for way in ("warm", "restart"):
+        for answer, exact in zip(engine.answers[way], native, strict=True):
+            assert answer["restored"] == restored, (engine.name, way, answer["restored"])
+            assert quality != "lossless" or answer["tokens"] == exact["tokens"], f"{engine.name}, {way}: other tokens"
+
+
+def show(found: Mapping[str, Any]) -> None:
+    print(f"{found['tokens']} tokens, {found['rounds']} prompts, {found['dtype']}, {found['quality']}\n")
+    print("| store | | TTFT s (median) | least | most | cold ÷ this | restored | same tokens |")
+    print("|---|---|---|---|---|---|---|---|")
+    for store, answers in found["answers"].items():
+        cold = statistics.median(each["seconds"] for each in answers["cold"])
+        for way, all_of_way in answers.items():
+            seconds = [each["seconds"] for each in all_of_way]
+            same = sum(
+                one["tokens"] == exact["tokens"] for one, exact in zip(all_of_way, answers["native"], strict=True)
+            )
+            median, restored = statistics.median(seconds), statistics.median(each["restored"] for each in all_of_way)
+            print(f"| {store} | {way} | {median:.3f} | {min(seconds):.3f} | {max(seconds):.3f} | {cold / median:.1f} "
+                  f"| {restored:.0f} | {same} of {len(seconds)} |")  # fmt: skip
+    for store, hooks in found["hooks"].items():
+        print(f"\n| {store}: hook, while a load is under way | calls | median µs | p99 µs | most µs |")
+        print("|---|---|---|---|---|")
+        for name, each in hooks.items():
+            print(f"| {name} | {each['calls']} | {each['p50_us']:.1f} | {each['p99_us']:.1f} | {each['max_us']:.1f} |")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stores", nargs="+", choices=CONTESTANTS, default=["node", "sidecar", "none"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=1600)
     parser.add_argument("--quality", default="lossless")
-    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measured(Path(folder), given.rounds, given.tokens, given.quality, given.plain)
+        found = measured(Path(folder), given.stores, given.rounds, given.tokens, given.quality)
     show(found)
     if given.json:
         given.json.write_text(json.dumps(found, indent=1))

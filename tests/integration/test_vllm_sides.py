@@ -103,6 +103,7 @@ def request(name: str = "r", **changes: Any) -> SimpleNamespace:
     fields: dict[str, Any] = {
         "request_id": name, "prompt_token_ids": PROMPT, "all_token_ids": list(PROMPT), "prompt_embeds": None,
         "resumable": False, "lora_request": None, "cache_salt": None, "mm_features": [],
+        "kv_transfer_params": None,
     }  # fmt: skip
     return SimpleNamespace(**{**fields, **changes})
 
@@ -228,3 +229,34 @@ def test_prompts_that_tokens_do_not_tell_are_left_alone(node: NodeProcess) -> No
         assert engine.registry.get_sample_value("kvstore_vllm_unknown_requests_total") == 1
     finally:
         engine.close()
+
+
+def test_a_decode_engine_waits_for_what_a_prefill_engine_promised(node: NodeProcess) -> None:
+    writer, reader = Engine(node.address, 16), Engine(node.address, 32, lookup_s=20.0)
+    try:
+        prefilled = request("prefill", kv_transfer_params={"do_remote_decode": True})
+        assert writer.matched(prefilled) == 0
+        blocks = list(range(1, 20))
+        _, saves = writer.scheduler.step(
+            output(new=[("prefill", blocks, 0)], scheduled=[("prefill", len(PROMPT))])
+        )  # fmt: skip
+        told = writer.scheduler.finished("prefill")
+        asked = request("decode", kv_transfer_params=told)
+        reader.scheduler.arrived(asked)
+        # The node has answered that it has none, and is asked again.
+        wait_until(lambda: client_calls(reader, "lookup") > 1, "it asks again", deadline_s=20)
+        assert reader.scheduler.matched(asked, 0) == (None, False)
+        for save in saves:
+            writer.worker.save(save)
+        assert reader.matched(asked) == HELD
+        assert reader.count("lookups", outcome="hit") == 1
+        # Who is not told does not wait.
+        assert writer.scheduler.finished("unknown") is None
+        assert reader.matched(request("untold", cache_salt="x")) == 0
+    finally:
+        writer.close()
+        reader.close()
+
+
+def client_calls(engine: Engine, call: str) -> float:
+    return engine.registry.get_sample_value("kvstore_client_call_seconds_count", {"call": call}) or 0.0

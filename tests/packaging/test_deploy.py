@@ -30,6 +30,7 @@ from pydantic import ByteSize, TypeAdapter
 from redis_process import free_ports
 
 from kvstore.config import NodeConfig, load_config
+from kvstore_client.integrations.vllm.config import ConnectorConfig
 from kvstore_proto.v1.framing import CHANNEL_OPTIONS, FramedStoreStub
 
 if sys.version_info >= (3, 11):
@@ -40,9 +41,11 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEPLOY = REPOSITORY / "deploy"
 COMPOSE = DEPLOY / "docker-compose.yml"
-DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
+DOCKERFILES = {name: (DEPLOY / name).read_text() for name in ("Dockerfile", "Dockerfile.vllm")}
+DOCKERFILE = DOCKERFILES["Dockerfile"]
 BIN = Path(sys.executable).parent
 LAYOUT = kv.small_layout()
+ROUTER = Path("examples/vllm/router.py")
 REST_BYTES = 512 << 20  # of a node, beside its objects
 
 
@@ -83,8 +86,9 @@ def test_the_schema_would_find_a_mistake(tmp_path: Path) -> None:
         check([BIN / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", wrong])
 
 
-def test_the_dockerfile_is_clean() -> None:
-    check([BIN / "hadolint", DEPLOY / "Dockerfile"])
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_the_dockerfile_is_clean(name: str) -> None:
+    check([BIN / "hadolint", DEPLOY / name])
 
 
 def test_files_that_are_mounted_exist() -> None:
@@ -94,8 +98,10 @@ def test_files_that_are_mounted_exist() -> None:
             assert (DEPLOY / source).exists() if source.startswith(".") else source in compose()["volumes"], volume
 
 
-def test_the_build_copies_all_that_the_wheel_is_made_of() -> None:
-    copied = {name for words in re.findall(r"^COPY (.*)", DOCKERFILE, re.MULTILINE) for name in words.split()[:-1]}
+@pytest.mark.parametrize(("name", "beside"), [("Dockerfile", set()), ("Dockerfile.vllm", {str(ROUTER)})])
+def test_the_build_copies_all_that_the_wheel_is_made_of(name: str, beside: set[str]) -> None:
+    words = re.findall(r"^COPY (.*)", DOCKERFILES[name], re.MULTILINE)
+    copied = {source for line in words for source in line.split()[:-1]}
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     build = project["tool"]["scikit-build"]
     sources = (*build["wheel"]["packages"], build["cmake"]["source-dir"])
@@ -103,8 +109,9 @@ def test_the_build_copies_all_that_the_wheel_is_made_of() -> None:
         "pyproject.toml", project["project"]["readme"], *project["project"]["license-files"],
         *(path.split("/")[0] for path in sources),
     }  # fmt: skip
-    assert needed == copied
-    kept = set(re.findall(r"^!(.*)", (DEPLOY / "Dockerfile.dockerignore").read_text(), re.MULTILINE))
+    assert needed | beside == copied
+    assert all((REPOSITORY / source).exists() for source in copied)
+    kept = set(re.findall(r"^!(.*)", (DEPLOY / f"{name}.dockerignore").read_text(), re.MULTILINE))
     assert kept == copied
 
 
@@ -129,7 +136,8 @@ def test_what_else_the_node_and_redis_are_given() -> None:
 
 
 def test_nothing_runs_as_root_or_is_published_beyond_this_machine() -> None:
-    assert re.findall(r"^USER (.*)", DOCKERFILE, re.MULTILINE) == ["10001:10001"]
+    for text in DOCKERFILES.values():
+        assert re.findall(r"^USER (.*)", text, re.MULTILINE) == ["10001:10001"]
     for name, service in compose()["services"].items():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
 
@@ -142,6 +150,25 @@ def test_image_and_compose_file_agree() -> None:
     for key in ("listen", "metrics_listen", "disk_path", "log_format"):
         assert getattr(image, key) == getattr(ours, key), key
     assert {port.rpartition(":")[2] for port in NODE["ports"]} == set(re.findall(r"EXPOSE (.*)", DOCKERFILE)[0].split())
+
+
+def test_the_engines_talk_to_the_sidecar_and_the_router_to_the_engines() -> None:
+    services = compose()["services"]
+    listens = config_of(SIDECAR).listen.split(",")
+    for name, role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
+        engine = services[name]
+        flags = dict(flag.removeprefix("--").partition("=")[::2] for flag in engine["command"][3:])
+        transfer = json.loads(flags["kv-transfer-config"])
+        assert transfer["kv_role"] == role
+        assert transfer["kv_load_failure_policy"] == "recompute"
+        assert ConnectorConfig.from_extra(transfer["kv_connector_extra_config"]).address in listens
+        assert set(SIDECAR["volumes"]) < set(engine["volumes"])
+        assert f":{flags['port']}/health" in engine["healthcheck"]["test"][-1]
+        assert f"http://{name}:{flags['port']}" in services["router"]["command"]
+        assert flags["host"] == "0.0.0.0"  # inside the container
+        assert set(engine["profiles"]) < set(SIDECAR["profiles"])
+    copied = re.findall(rf"^COPY {ROUTER} (.*)", DOCKERFILES["Dockerfile.vllm"], re.MULTILINE)
+    assert services["router"]["command"][1] == copied[0]
 
 
 # The same commands and environments as processes.

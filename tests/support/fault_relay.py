@@ -15,19 +15,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 HOST = "127.0.0.1"
-FAULTS = ("refuse", "blackhole", "reset", "garbage", "dribble")
+FAULTS = ("refuse", "blackhole", "reset", "garbage", "flip", "dribble")
 _PIECE_BYTES = 1 << 16
 _BUFFER_BYTES = 1 << 16  # of the sockets: what is written soon finds nobody who reads
 _DRIBBLE_S = 0.01  # a byte
 _GARBAGE_BYTES = 1 << 10  # that nobody asked for
+_FLIP_BYTES = 1 << 12  # pieces from this size on lose a bit: objects, not what is said of them
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
 
 class FaultRelay:
     """Listens at `addresses`: of gRPC, of the bulk path over TCP and over a unix socket in `folder`. `point` says
-    where what comes there goes."""
+    where what comes there goes. `pause_s`: after each piece of 64 KiB at most, either way."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, pause_s: float = 0.0) -> None:
+        self.pause_s = pause_s
         self._changed = threading.Condition()
         self._fault: str | None = None
         self._closed = False
@@ -94,6 +96,8 @@ class FaultRelay:
             self._changed.wait_for(lambda: self._fault != "blackhole")
 
     def wait_for_change(self, seconds: float) -> None:
+        if not seconds:
+            return
         with self._changed:
             before = self._fault
             self._changed.wait_for(lambda: self._fault != before, seconds)
@@ -202,7 +206,8 @@ class _Link:
             self._relay.wait_to_pass()
             if self.is_stranded:
                 continue
-            _send(self._server, data, descriptors)
+            _send(self._server, self._flipped(data), descriptors)
+            self._relay.wait_for_change(self._relay.pause_s)
 
     def _answer(self) -> None:
         while True:
@@ -220,7 +225,14 @@ class _Link:
                 self._relay.wait_for_change(_DRIBBLE_S)
             self._relay.wait_to_pass()
             if data:
-                _send(self._client, data, descriptors)
+                _send(self._client, self._flipped(data), descriptors)
+            self._relay.wait_for_change(self._relay.pause_s)
+
+    def _flipped(self, data: bytes) -> bytes:
+        if self._relay.fault != "flip" or len(data) < _FLIP_BYTES:
+            return data
+        middle = len(data) // 2
+        return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
 def _received(source: socket.socket) -> tuple[bytes, list[int]]:

@@ -6,9 +6,10 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,13 @@ def kv_transfer(address: str, *, role: str = "kv_both", policy: str = "recompute
 
 
 class EngineProcess:
-    """SmolLM2 on the CPU. Runs until `stop()` or `kill()`. `transfer`: None for an engine of its own."""
+    """SmolLM2 on the CPU. Runs until `stop()` or `kill()`. `transfer`: None for an engine of its own. `environment`: of
+    its process, beside this one's."""
 
-    def __init__(self, log: Path, transfer: dict[str, Any] | None, **arguments: Any) -> None:
+    def __init__(
+        self, log: Path, transfer: dict[str, Any] | None, *, environment: Mapping[str, str] | None = None,
+        **arguments: Any,
+    ) -> None:  # fmt: skip
         self.log_path = log
         settings = {
             "model": str(model.model_folder(CACHE)), "max_model_len": 4096, "enforce_eager": True,
@@ -47,40 +52,50 @@ class EngineProcess:
         }  # fmt: skip
         if transfer is not None:
             settings["kv_transfer_config"] = transfer
-        environment = {
+        variables = {
             **os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+            **(environment or {}),
         }  # fmt: skip
         with log.open("wb") as file:
             self.process = subprocess.Popen(
                 [sys.executable, PROGRAM, json.dumps(settings)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=variables, text=True,
+                start_new_session=True,
             )  # fmt: skip
         self._answer(START_S_MAX)
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None,
-        adapter: tuple[str, str] | None = None,
-    ) -> dict[str, list[Any]]:  # fmt: skip
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, salts: Sequence[str | None] | None = None, *,
+        adapter: tuple[str, str] | None = None, gaps: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
         """See engine_process.generate. `adapter`: name and folder of a LoRA adapter."""
-        self.send(prompts, max_tokens, salt, adapter)
+        self.send(prompts, max_tokens, salts, adapter=adapter, gaps=gaps)
         return self.answer()
 
     def send(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, salt: str | None = None,
-        adapter: tuple[str, str] | None = None,
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, salts: Sequence[str | None] | None = None, *,
+        adapter: tuple[str, str] | None = None, gaps: bool = False,
     ) -> None:  # fmt: skip
-        """Asks without waiting: `answer()` has it."""
-        asked = {"prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens}
-        self._ask({**asked, "salt": salt, "adapter": adapter})
+        """Asks without waiting: `answer()` has it. `salts`: of each prompt."""
+        self._ask({
+            "prompts": [list(prompt) for prompt in prompts], "max_tokens": max_tokens,
+            "salts": list(salts) if salts else [None] * len(prompts), "adapter": adapter, "gaps": gaps,
+        })  # fmt: skip
 
-    def answer(self) -> dict[str, list[Any]]:
-        answer: dict[str, list[Any]] = self._answer(ANSWER_S_MAX)
+    def answer(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self._answer(ANSWER_S_MAX)
         return answer
 
     def counters(self) -> dict[str, float]:
         self._ask({"counters": True})
         answer: dict[str, float] = self._answer(ANSWER_S_MAX)
+        return answer
+
+    def held(self) -> dict[str, int]:
+        """See engine_process.held."""
+        self._ask({"held": True})
+        answer: dict[str, int] = self._answer(ANSWER_S_MAX)
         return answer
 
     def hooks(self) -> dict[str, dict[str, float]]:
@@ -89,10 +104,10 @@ class EngineProcess:
         answer: dict[str, dict[str, float]] = self._answer(ANSWER_S_MAX)
         return answer
 
-    def reset(self) -> None:
-        """Forgets the engine's own prefix cache."""
+    def reset(self) -> bool:
+        """Forgets the engine's own prefix cache. False: some of it is in use."""
         self._ask({"reset": True})
-        self._answer(ANSWER_S_MAX)
+        return bool(self._answer(ANSWER_S_MAX)["reset"])
 
     def wait_saved(self, tokens: int) -> None:
         """Until it has saved so many tokens."""
@@ -113,8 +128,9 @@ class EngineProcess:
         return code
 
     def kill(self) -> None:
-        """Does nothing to one that has stopped."""
-        self.process.kill()
+        """With the processes that it has started, if there are any. Does nothing to one that has stopped."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(ANSWER_S_MAX)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:

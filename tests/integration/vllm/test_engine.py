@@ -70,7 +70,7 @@ def test_what_one_engine_prefills_another_decodes(
         loaded = reader.generate(prompts, NEW_TOKENS)
         assert loaded["cached"] == native["cached"]
         assert loaded["tokens"] == native["tokens"]
-        salted = reader.generate(prompts[1:], 1, "somebody else's")
+        salted = reader.generate(prompts[1:], 1, ["somebody else's"])
         assert salted["cached"] == [0]
         counters = reader.counters()
         assert counters["kvstore_vllm_loads_total{whole}"] == 2

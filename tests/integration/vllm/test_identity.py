@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,9 +47,9 @@ def test_two_adapters_and_two_salts_in_one_engine(tmp_path: Path) -> None:
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096,
     )  # fmt: skip
     one, two = (str(adapter(tmp_path / name, seed)) for seed, name in enumerate(("one", "two")))
-    asked = [
-        {}, {"adapter": ("a", one)}, {"adapter": ("a", two)}, {"salt": "x"}, {"salt": "y"},
-        {"adapter": ("a", one), "salt": "x"},
+    asked: list[dict[str, Any]] = [
+        {}, {"adapter": ("a", one)}, {"adapter": ("a", two)}, {"salts": ["x"]}, {"salts": ["y"]},
+        {"adapter": ("a", one), "salts": ["x"]},
     ]  # fmt: skip
     node = NodeProcess(tmp_path)
     engine = None
@@ -60,15 +61,15 @@ def test_two_adapters_and_two_salts_in_one_engine(tmp_path: Path) -> None:
         native = []
         with Client(node.address, transport="grpc") as client:
             for number, whose in enumerate(asked):
-                first = engine.generate([PROMPT], 1, **whose)  # type: ignore[arg-type]
+                first = engine.generate([PROMPT], 1, **whose)
                 assert first["cached"] == [0], f"{whose} found what another stored"
                 objects = (number + 1) * CHUNKS
                 wait_until(lambda n=objects: client.stat().objects == n, f"{objects} objects", deadline_s=60)  # type: ignore[misc]
-                native.append(engine.generate([PROMPT], NEW_TOKENS, **whose)["tokens"])  # type: ignore[arg-type]
+                native.append(engine.generate([PROMPT], NEW_TOKENS, **whose)["tokens"])
         assert len({str(tokens) for tokens in native[:3]}) == 3, "the adapters do make a difference"
         engine.reset()
         for whose, tokens in zip(asked, native, strict=True):
-            loaded = engine.generate([PROMPT], NEW_TOKENS, **whose)  # type: ignore[arg-type]
+            loaded = engine.generate([PROMPT], NEW_TOKENS, **whose)
             assert loaded["cached"] == [CHUNKS * BLOCK_TOKENS]
             assert loaded["tokens"] == tokens
         assert engine.counters()["kvstore_vllm_loads_total{whole}"] == len(asked)

@@ -97,8 +97,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once: saves have copied them. vLLM itself keeps those of a load under way."""
-        self._for_scheduler.finished(request.request_id)
-        return False, None
+        return False, self._for_scheduler.finished(request.request_id)
 
     def request_finished_all_groups(
         self, request: Any, block_ids: tuple[list[int], ...]

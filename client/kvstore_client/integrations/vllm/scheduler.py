@@ -6,6 +6,7 @@ comes, and is asked for its result. Nothing of vLLM is imported; requests and ou
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,7 @@ from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.integrations.vllm.config import ConnectorConfig
 from kvstore_client.integrations.vllm.identity import Namespaces, RequestKey
 from kvstore_client.integrations.vllm.metrics import ConnectorMetrics
+from kvstore_client.integrations.vllm.rendezvous import promise, promised, wait_for
 from kvstore_client.integrations.vllm.work import Load, Save
 from kvstore_client.lookups import good_enough
 from kvstore_codec import Quality
@@ -52,6 +54,7 @@ class SchedulerSide:
         self._page_tokens, self._loads, self._saves = page_tokens, loads, saves
         self._quality = Quality.parse(config.quality)
         self._threads = ThreadPoolExecutor(LOOKUPS_MAX, "kvstore-lookup")
+        self._closing = threading.Event()
         self._requests: dict[str, _Tracked] = {}
         self._unknown: set[str] = set()
         self._new_loads: list[Load] = []
@@ -112,14 +115,18 @@ class SchedulerSide:
             if (ended := self._requests.get(request_id)) is not None:
                 ended.load = None
 
-    def finished(self, request_id: str) -> None:
-        """The request has ended."""
+    def finished(self, request_id: str) -> dict[str, Any] | None:
+        """The request has ended. What is to be said of its KV to whoever asked (see rendezvous)."""
         self._unknown.discard(request_id)
         tracked = self._requests.pop(request_id, None)
-        if tracked is not None and tracked.lookup is not None:
+        if tracked is None:
+            return None
+        if tracked.lookup is not None:
             tracked.lookup.cancel()
+        return promise(tracked.request, tracked.stored) if self._saves else None
 
     def close(self) -> None:
+        self._closing.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _track(self, request: Any) -> _Tracked | None:
@@ -150,19 +157,26 @@ class SchedulerSide:
         tracked.looked_up_at = time.monotonic()
         # The engine computes at least the last token, to have logits.
         prompt = tracked.request.prompt_token_ids
-        tracked.lookup = self._threads.submit(self._tokens_held, tracked.key, prompt, len(prompt) - 1)
+        tracked.lookup = self._threads.submit(
+            self._tokens_held, tracked.key, prompt, len(prompt) - 1, promised(tracked.request)
+        )
 
-    def _tokens_held(self, key: RequestKey, prompt: Sequence[int], count: int) -> int:
-        """In a thread. A node that does not answer holds nothing."""
+    def _tokens_held(self, key: RequestKey, prompt: Sequence[int], count: int, expected: int) -> int:
+        """In a thread. A node that does not answer holds nothing. `expected`: tokens that another engine is saving."""
+        size = self._namespaces.layout.chunk_tokens
         try:
-            tokens = np.asarray(prompt[:count], np.uint32)
-            hit = self._namespaces.of(key).lookup(tokens, lease_ms=int(LEASE_S * 1000), deadline=self._config.lookup_s)
+            tokens, namespace = np.asarray(prompt[:count], np.uint32), self._namespaces.of(key)
+
+            def ask(seconds: float) -> int:
+                hit = namespace.lookup(tokens, lease_ms=int(LEASE_S * 1000), deadline=seconds)
+                chunks = good_enough(hit.chunks, self._quality)
+                return chunks[-1].first_token + chunks[-1].tokens if chunks else 0
+
+            held = wait_for(min(expected, count) // size * size, ask, self._config.lookup_s, self._closing)
         except (KvClientError, InvalidArgument, OSError) as error:
             self._metrics.lookups.labels("failed").inc()
             self._metrics.log.warn("lookup", type(error).__name__, str(error))
             return 0
-        chunks = good_enough(hit.chunks, self._quality)
-        held = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
         self._metrics.lookups.labels("hit" if held else "miss").inc()
         return held
 
