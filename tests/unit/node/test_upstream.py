@@ -21,7 +21,7 @@ from kvstore.engine.outside import UNKNOWN, Chain, FoundChunk, FoundObject, Outs
 from kvstore.engine.upstream import Upstream
 from kvstore.index.entry import ObjectKey
 from kvstore.metrics import NodeMetrics
-from kvstore.tiers.circuit import Circuit, State
+from kvstore_client.circuit import Circuit, State
 from kvstore_client.errors import KvClientError, ProtocolViolation, Unavailable
 from kvstore_cluster.placement import rank
 from kvstore_codec import Quality
