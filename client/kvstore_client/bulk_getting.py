@@ -38,7 +38,8 @@ AT_ONCE_BYTES_MAX = 2 << 20
 
 @dataclass(frozen=True)
 class Asked:
-    """A get's question, of at most HASHES_MAX chunks. `out`: where to decode into; None: a new array."""
+    """A get's question, of at most HASHES_MAX chunks. `out`: where to decode into; None: a new array. `first_chunk`:
+    hash of the prompt's first chunk, where it is not among `refs`."""
 
     layout: KVLayout
     part: int
@@ -47,9 +48,10 @@ class Asked:
     min_quality: Quality
     lease_ms: int
     out: KVArray | None
+    first_chunk: bytes = b""
 
     def room(self, chunks: Sequence[ChunkHit]) -> KVArray:
-        """For the first chunks of the prompt."""
+        """For the first chunks of `refs`."""
         if self.out is not None:
             return self.out
         return codec.empty(self.layout.part_layout(self.part), sum(chunk.tokens for chunk in chunks))
@@ -155,14 +157,14 @@ class _Getting:
         asked, tools = self._asked, self._tools
         began = time.monotonic()
         answer = self._connection.get(
-            lookup_request(asked.layout, asked.part, asked.refs, asked.lease_ms), asked.quality, asked.min_quality,
-            self._found_by, self._deadline.remaining(),
+            lookup_request(asked.layout, asked.part, asked.refs, asked.lease_ms, asked.first_chunk), asked.quality,
+            asked.min_quality, self._found_by, self._deadline.remaining(),
         )  # fmt: skip
         tools.timing.answered(time.monotonic() - began)
         stored = hits_of(self._node.address, asked.layout, asked.part, asked.refs, answer)
         chunks = good_enough(stored, asked.min_quality)
         into = asked.room(chunks)
-        wanted = Wanted(asked.layout, asked.part, chunks, asked.quality, asked.min_quality)
+        wanted = Wanted(asked.layout, asked.part, chunks, asked.quality, asked.min_quality, asked.first_chunk)
         error = self._fetch(wanted, into)
         return Got(len(stored), chunks, into, self._counted(error))
 
@@ -222,7 +224,8 @@ class _Getting:
         """What becomes of an object: known at once where it is exact and not large, else when a thread has decoded
         it."""
         chunk = wanted.chunks[index]
-        place = codec.token_slice(into, chunk.first_token, chunk.first_token + chunk.tokens)
+        first = chunk.first_token - wanted.chunks[0].first_token
+        place = codec.token_slice(into, first, first + chunk.tokens)
         decode = partial(decode_object, self._node, wanted, chunk, blob, place, self._coder)
         if chunk.quality is Quality.RAW and len(blob.data) <= AT_ONCE_BYTES_MAX:
             try:

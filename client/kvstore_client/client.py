@@ -25,6 +25,7 @@ from kvstore_client.errors import InvalidArgument
 from kvstore_client.namespace import LEASE_MS, AsyncNamespace
 from kvstore_client.namespace_puts import TokenIds
 from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.estimates import Speeds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.refining import AsyncRefinement
 from kvstore_client.results import DeleteResult, Hit, NodeStat, PrefetchResult, PutResult, Restored
@@ -115,14 +116,14 @@ class Namespace:
 
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, ttft: float | None = None,
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
         prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
         deadline: float | None = None,
     ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
         restored = _run(
             self._async.get(
-                token_ids, quality=quality, min_quality=min_quality, out=out, ttft=ttft,
+                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
                 prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
             )
         )  # fmt: skip
@@ -139,6 +140,10 @@ class Namespace:
                 deadline=deadline,
             )
         )  # fmt: skip
+
+    def speeds(self) -> dict[str, Speeds]:
+        """What gets have measured lately, by address of the node."""
+        return self._async.speeds()
 
     def prefetch(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None

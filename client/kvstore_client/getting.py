@@ -40,13 +40,14 @@ class Gets:
 
     async def get(
         self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
-        limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None,
+        limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None, first_chunk: bytes = b"",
     ) -> tuple[KVArray, int]:  # fmt: skip
         """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable.
+        `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`.
 
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
-        asked = Asked(self._layout, self._part, refs, wanted, floor, lease_ms, out)
+        asked = Asked(self._layout, self._part, refs, wanted, floor, lease_ms, out, first_chunk)
 
         async def ask(node: Node, timeout_s: float) -> Got | Hit:
             found_by = Deadline(timeout_s)
@@ -55,8 +56,8 @@ class Gets:
                 if (got := await bulk_get(node, asked, tools, found_by, limit)) is not None:
                     return got
             return await timed_lookup(
-                self._session, node, self._layout, self._part, refs, lease_ms, found_by.remaining()
-            )
+                self._session, node, self._layout, self._part, refs, lease_ms, found_by.remaining(), first_chunk
+            )  # fmt: skip
 
         try:
             node, answer = await self._session.attempt("get", key, limit, ask)
@@ -90,13 +91,13 @@ class Gets:
         lease_ids = hit.lease.ids if hit.lease is not None else ()
 
         async def fetch_part(part: Wanted, room: KVArray, timing: Timing) -> Fetched:
-            before = part.chunks[0].first_token // self._layout.chunk_tokens
+            before = (part.chunks[0].first_token - asked.refs[0].first_token) // self._layout.chunk_tokens
             return await fetch(
                 node, part, lease_ids[before // HASHES_MAX :], room, self._session.executor, limit, timing.received,
                 self._profile_of(node, limit), timing, None if refinement is None else refinement.keep,
             )  # fmt: skip
 
-        wants = Wanted(self._layout, self._part, chunks, asked.quality, asked.min_quality)
+        wants = Wanted(self._layout, self._part, chunks, asked.quality, asked.min_quality, asked.first_chunk)
         if refinement is not None:
             refinement.begin(wants)
             wants = wants if goal is not None else replace(wants, quality=asked.min_quality)
@@ -113,11 +114,14 @@ class Gets:
 
 
 async def timed_lookup(
-    session: Session, node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], lease_ms: int, timeout_s: float
-) -> Hit:
+    session: Session, node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], lease_ms: int,
+    timeout_s: float, first_chunk: bytes = b"",
+) -> Hit:  # fmt: skip
     """`lookup`, which tells how far away the node is."""
     began = time.monotonic()
-    hit = await lookup(node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s)
+    hit = await lookup(
+        node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s, first_chunk=first_chunk
+    )  # fmt: skip
     session.peers[node.address].latency.observe(time.monotonic() - began)
     return hit
 

@@ -18,16 +18,20 @@ _TIERS = {number: name.removeprefix("TIER_").lower() for name, number in pb.Tier
 
 
 async def lookup(
-    node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], *, lease_ms: int, timeout_s: float
-) -> Hit:
-    """The longest prefix of `refs` that `node` holds. Raises the typed error of a failed call, ProtocolViolation."""
+    node: Node, layout: KVLayout, part: int, refs: Sequence[ChunkRef], *, lease_ms: int, timeout_s: float,
+    first_chunk: bytes = b"",
+) -> Hit:  # fmt: skip
+    """The longest prefix of `refs` that `node` holds. `first_chunk`: as `lookup_request` has it. Raises the typed error
+    of a failed call, ProtocolViolation."""
     limit = Deadline(timeout_s)
     found: list[ChunkHit] = []
     lease_ids: list[bytes] = []
     granted_ms = lease_ms
     for first in range(0, len(refs), HASHES_MAX):
         asked = refs[first : first + HASHES_MAX]
-        request = lookup_request(layout, part, asked, lease_ms, refs[0].hash if first else b"")
+        request = lookup_request(
+            layout, part, asked, lease_ms, first_chunk or (refs[0].hash if first else b"")
+        )  # fmt: skip
         async with failures(node):
             answer = understood(node, await node.stub.Lookup(request, timeout=remaining_s(limit)))
         hits = hits_of(node.address, layout, part, asked, answer)

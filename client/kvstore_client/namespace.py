@@ -25,6 +25,7 @@ from kvstore_client.namespace_profiles import NamespaceProfiles
 from kvstore_client.namespace_puts import NamespacePuts, TokenIds
 from kvstore_client.planned import NamespacePlanner, checked_goal
 from kvstore_client.planner.costs import PrefillSeconds
+from kvstore_client.planner.estimates import Speeds
 from kvstore_client.planner.plan import Plan
 from kvstore_client.putting import Source
 from kvstore_client.refining import AsyncRefinement
@@ -97,7 +98,7 @@ class AsyncNamespace:
 
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
-        out: KVArray | None = None, ttft: float | None = None,
+        out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
         prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
         deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
@@ -108,6 +109,9 @@ class AsyncNamespace:
         min_quality="lossless". `out`: an array to decode into, in any form that `codec.encode` takes, with room for
         some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
         lies behind them is unspecified. Without it, a new numpy array (or list of (k, v) where layers differ).
+
+        `first_token`: a multiple of chunk_tokens; what is before it the caller has. `kv`, `n` and `out` are then of the
+        tokens from there on, and whether the chunks before are stored makes no difference.
 
         With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
         that leaves the rest in time, and no more chunks where recomputing the rest is faster.
@@ -121,17 +125,23 @@ class AsyncNamespace:
         limit = self._session.begin(deadline)
         goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
         wanted, floor = qualities(quality, min_quality)
-        refs = self._refs(token_ids)
-        tokens_asked = refs[-1].first_token + refs[-1].tokens if refs else 0
+        check_first_token(self.layout, first_token)
+        if refine and first_token:
+            raise InvalidArgument("a get that is refined starts at the first token", first_token=first_token)
+        prompt = self._refs(token_ids)
+        refs = prompt[first_token // self.layout.chunk_tokens :]
+        tokens_asked = refs[-1].first_token + refs[-1].tokens - first_token if refs else 0
         if out is not None:
             out = sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
-            refs = [ref for ref in refs if ref.first_token + ref.tokens <= room]
+            refs = [ref for ref in refs if ref.first_token + ref.tokens - first_token <= room]
         refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
             if refs:
-                key = self._placement_key(refs)
-                kv, tokens = await self._gets.get(refs, key, wanted, floor, out, limit, goal, refinement)
+                kv, tokens = await self._gets.get(
+                    refs, self._placement_key(prompt), wanted, floor, out, limit, goal, refinement,
+                    prompt[0].hash if first_token else b"",
+                )  # fmt: skip
             else:
                 kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
         self._session.metrics.tokens_hit.inc(tokens)
@@ -178,6 +188,11 @@ class AsyncNamespace:
         with self._session.timed("plan"):
             node, hit, _ = await self._find("plan", self._refs(token_ids), 0, limit)
         return self._planner.plan(goal, node, good_enough(hit.chunks, floor), floor)
+
+    def speeds(self) -> dict[str, Speeds]:
+        """What gets have measured lately, by address of the node: bytes a second, latency, and how fast this client
+        decodes by quality. Without I/O; may be called from any thread."""
+        return self._planner.speeds()
 
     @overload
     def put(

@@ -15,7 +15,7 @@ from kvstore_client.pace import Pace, Timing
 from kvstore_client.planner.choose import Chunk
 from kvstore_client.planner.controller import Controller, Task
 from kvstore_client.planner.costs import PrefillSeconds, prefill_seconds
-from kvstore_client.planner.estimates import PeerEstimates
+from kvstore_client.planner.estimates import PeerEstimates, Speeds, expected
 from kvstore_client.planner.plan import Plan
 from kvstore_client.planner.sizes import LayerSizes
 from kvstore_client.results import ChunkHit
@@ -63,6 +63,15 @@ class NamespacePlanner:
             self._session.peers[node.address], self._decode, self._sizes, self._session.metrics.bytes_received.inc
         )
 
+    def speeds(self) -> dict[str, Speeds]:
+        """Of the nodes that were measured lately, by address, as they most likely are."""
+        now = time.monotonic()
+        return {
+            address: expected(peer, self._decode, now)
+            for address, peer in list(self._session.peers.items())
+            if peer.link.known(now)
+        }
+
     def plan(self, goal: Goal, node: Node | None, chunks: Sequence[ChunkHit], floor: Quality) -> Plan:
         """Without I/O. `chunks`: the stored prefix that is good enough."""
         peer = self._session.peers[node.address] if node is not None else PeerEstimates()
@@ -81,9 +90,10 @@ class NamespacePlanner:
         while total.error is None and (step := controller.step(pace.clock())) is not None:
             part = replace(
                 wanted, chunks=wanted.chunks[step.first : step.last], quality=step.quality,
-                first_chunk=wanted.chunks[0].hash,
+                first_chunk=wanted.first_chunk or wanted.chunks[0].hash,
             )  # fmt: skip
-            fetched = await fetch_part(part, codec.token_slice(into, part.chunks[0].first_token, end), pace)
+            before = part.chunks[0].first_token - wanted.chunks[0].first_token
+            fetched = await fetch_part(part, codec.token_slice(into, before, end), pace)
             total = Fetched(total.chunks + fetched.chunks, fetched.error)
             if total.chunks < controller.done or controller.done == step.first:
                 break  # something that came could not be used, or nothing came
@@ -92,20 +102,26 @@ class NamespacePlanner:
     def _controller(
         self, goal: Goal, peer: PeerEstimates, chunks: Sequence[ChunkHit], best: Quality, floor: Quality
     ) -> Controller:
-        return Controller(self._task(goal, chunks, best, floor), peer, self._decode, goal.began)
+        task = task_of(goal, chunks, self._layout, self._sizes, best, floor)
+        return Controller(task, peer, self._decode, goal.began)
 
-    def _task(self, goal: Goal, chunks: Sequence[ChunkHit], best: Quality, floor: Quality) -> Task:
-        """Raises InvalidArgument where `goal.prefill` answers what is no time."""
-        plannable = [
-            Chunk(
-                chunk.first_token, chunk.tokens, chunk.tokens * self._layout.elements_per_token,
-                self._sizes.choices(chunk.quality, chunk.stored_bytes, best, floor),
-            )
-            for chunk in chunks
-        ]  # fmt: skip
-        stored = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
-        starts = [*(chunk.first_token for chunk in chunks), stored]
-        recompute_s = [goal.prefill(first, goal.tokens) if first < goal.tokens else 0.0 for first in starts]
-        if not all(math.isfinite(seconds) and seconds >= 0 for seconds in recompute_s):
-            raise InvalidArgument("prefill_tokens_per_s(first, last) must answer seconds, at least 0")
-        return Task(plannable, recompute_s, goal.tokens, goal.ttft_s)
+
+def task_of(
+    goal: Goal, chunks: Sequence[ChunkHit], layout: KVLayout, sizes: LayerSizes, best: Quality, floor: Quality,
+    computed: int = 0,
+) -> Task:  # fmt: skip
+    """What is to be planned. `layout`: of the part; `computed`: tokens that the engine has, none behind the first of
+    `chunks`. Raises InvalidArgument where `goal.prefill` answers what is no time."""
+    plannable = [
+        Chunk(
+            chunk.first_token, chunk.tokens, chunk.tokens * layout.elements_per_token,
+            sizes.choices(chunk.quality, chunk.stored_bytes, best, floor),
+        )
+        for chunk in chunks
+    ]  # fmt: skip
+    stored = chunks[-1].first_token + chunks[-1].tokens if chunks else computed
+    starts = [*(max(computed, chunk.first_token) for chunk in chunks), stored]
+    recompute_s = [goal.prefill(first, goal.tokens) if first < goal.tokens else 0.0 for first in starts]
+    if not all(math.isfinite(seconds) and seconds >= 0 for seconds in recompute_s):
+        raise InvalidArgument("prefill_tokens_per_s(first, last) must answer seconds, at least 0")
+    return Task(plannable, recompute_s, goal.tokens, goal.ttft_s)
