@@ -1,0 +1,78 @@
+"""Lookups of requests: in threads, and not at all while the node fails.
+
+A node that is silent would cost each request `lookup_s`. After a few failures in a row requests are answered at once
+that there is nothing, and one lookup at a time, which no request waits for, finds out when the node is back.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from kvstore_client.circuit import Circuit
+from kvstore_client.errors import InvalidArgument, KvClientError
+from kvstore_client.integrations.vllm.identity import Namespaces, RequestKey
+from kvstore_client.integrations.vllm.metrics import ConnectorMetrics
+from kvstore_client.integrations.vllm.planning import Found
+from kvstore_client.lookups import good_enough
+from kvstore_codec import Quality
+
+#: Under way at a time; each waits for the node for `lookup_s` at most.
+LOOKUPS_MAX = 16
+LEASE_S = 30.0
+#: Between two tries while the node is away. Short, since nobody waits for them.
+PAUSE_S_MAX = 2.0
+
+
+class Lookups:
+    """`namespaces`: of a strict client, which tells a node that failed from one that has nothing. `floor`: the least
+    quality that counts."""
+
+    def __init__(self, namespaces: Namespaces, metrics: ConnectorMetrics, floor: Quality, lookup_s: float) -> None:
+        self._namespaces, self._metrics, self._floor, self._lookup_s = namespaces, metrics, floor, lookup_s
+        self._threads = ThreadPoolExecutor(LOOKUPS_MAX, "kvstore-lookup")
+        self._circuit = Circuit(time.monotonic, random.Random(), pause_s_max=PAUSE_S_MAX)
+
+    def start(self, key: RequestKey, prompt: Sequence[int], count: int) -> Future[Found]:
+        """Looks the first `count` tokens of a prompt up. The future never raises: a node that fails holds nothing."""
+        if self._circuit.allow():
+            asking = self._threads.submit(self._ask, key, prompt, count)
+            if self._circuit.state == "closed":
+                return asking
+        self._metrics.count("lookups", "skipped")
+        nothing: Future[Found] = Future()
+        nothing.set_result(Found())
+        return nothing
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _ask(self, key: RequestKey, prompt: Sequence[int], count: int) -> Found:
+        began_s = time.monotonic()
+        try:
+            tokens = np.asarray(prompt[:count], np.uint32)
+            hit = self._namespaces.of(key).lookup(tokens, lease_ms=int(LEASE_S * 1000), deadline=self._lookup_s)
+        except (InvalidArgument, OSError) as error:  # its adapter cannot be read, which says nothing of the node
+            self._failed(error)
+            return Found()
+        except KvClientError as error:
+            self._failed(error)
+            if self._circuit.fail():
+                self._metrics.count("circuit_changes", "open")
+            return Found()
+        finally:
+            self._metrics.observe("lookup_seconds", time.monotonic() - began_s)
+        if self._circuit.succeed():
+            self._metrics.count("circuit_changes", "closed")
+        node = hit.lease.node if hit.lease is not None else ""
+        found = Found(good_enough(hit.chunks, self._floor), node, time.monotonic() - began_s)
+        self._metrics.count("lookups", "hit" if found.chunks else "miss")
+        return found
+
+    def _failed(self, error: Exception) -> None:
+        self._metrics.count("lookups", "failed")
+        self._metrics.log.warn("lookup", type(error).__name__, str(error))
