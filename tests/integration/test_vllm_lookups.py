@@ -15,6 +15,7 @@ from polling import wait_until
 from vllm_sides import HELD, Engine, request, saved
 
 from kvstore_client.circuit import FAILURES_MAX
+from kvstore_client.integrations.vllm.lookups import LOOKUPS_MAX
 
 StartNode = Callable[..., NodeProcess]
 BLOCKS = list(range(1, 20))
@@ -75,6 +76,24 @@ def test_a_node_that_is_silent_is_not_waited_for(node: NodeProcess, start_engine
     finally:
         node.process.send_signal(signal.SIGCONT)
     found_again(engine)
+
+
+def test_a_crowd_of_requests_waits_for_a_silent_node_once(
+    node: NodeProcess, start_engine: Callable[..., Engine]
+) -> None:
+    engine = start_engine(node.address, lookup_s=LOOKUP_S)
+    saved(engine, BLOCKS)
+    crowd = [request(f"r-{number}") for number in range(8 * LOOKUPS_MAX)]
+    node.process.send_signal(signal.SIGSTOP)
+    try:
+        began_s = time.monotonic()
+        for each in crowd:
+            engine.scheduler.arrived(each)
+        assert [engine.matched(each) for each in crowd] == [0] * len(crowd)
+        assert time.monotonic() - began_s < 4 * LOOKUP_S
+        assert engine.count("lookups", outcome="failed") <= 2 * LOOKUPS_MAX
+    finally:
+        node.process.send_signal(signal.SIGCONT)
 
 
 def test_a_node_that_was_killed_is_found_again(

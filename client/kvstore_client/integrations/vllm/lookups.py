@@ -40,18 +40,20 @@ class Lookups:
     def start(self, key: RequestKey, prompt: Sequence[int], count: int) -> Future[Found]:
         """Looks the first `count` tokens of a prompt up. The future never raises: a node that fails holds nothing."""
         if self._circuit.allow():
-            asking = self._threads.submit(self._ask, key, prompt, count)
-            if self._circuit.state == "closed":
+            awaited = self._circuit.state == "closed"
+            asking = self._threads.submit(self._ask, key, prompt, count, awaited)
+            if awaited:
                 return asking
-        self._metrics.count("lookups", "skipped")
         nothing: Future[Found] = Future()
-        nothing.set_result(Found())
+        nothing.set_result(self._skipped())
         return nothing
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _ask(self, key: RequestKey, prompt: Sequence[int], count: int) -> Found:
+    def _ask(self, key: RequestKey, prompt: Sequence[int], count: int, awaited: bool) -> Found:
+        if awaited and self._circuit.state != "closed":  # it has opened while others had the threads
+            return self._skipped()
         began_s = time.monotonic()
         try:
             tokens = np.asarray(prompt[:count], np.uint32)
@@ -72,6 +74,10 @@ class Lookups:
         found = Found(good_enough(hit.chunks, self._floor), node, time.monotonic() - began_s)
         self._metrics.count("lookups", "hit" if found.chunks else "miss")
         return found
+
+    def _skipped(self) -> Found:
+        self._metrics.count("lookups", "skipped")
+        return Found()
 
     def _failed(self, error: Exception) -> None:
         self._metrics.count("lookups", "failed")
