@@ -80,7 +80,7 @@ def test_metrics_and_events_of_a_server(tmp_path: Path, node: tuple[NodeProcess,
     tokens = AutoTokenizer.from_pretrained(model.model_folder(CACHE))(TEXT * 2).input_ids
     prompt, other = tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS : PROMPT_TOKENS + 20]
     events = Events(free_port())
-    publisher = f'{{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://127.0.0.1:{events.port}"}}'
+    publisher = f'{{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:{events.port}"}}'
     # Without the planner: what is counted is to be the same on every machine.
     server = VllmServer(
         tmp_path / "server.log", kv_transfer(node[0].address, planner=False, lookup_s=10.0, **node[1]),
@@ -108,6 +108,12 @@ def test_metrics_and_events_of_a_server(tmp_path: Path, node: tuple[NodeProcess,
         assert metrics["vllm:kvstore_load_seconds_sum{}"] > 0
         assert metrics["vllm:kvstore_saves_total{stored}"] == metrics["vllm:kvstore_save_seconds_count{}"] >= 1
         assert "vllm:kvstore_lookups_total{failed}" not in metrics
+
+        def logged() -> bool:
+            server.complete(other, 1)
+            return "kvstore loads whole=1" in server.log()
+
+        wait_until(logged, "vLLM's log has it", deadline_s=60)
 
         def blocks() -> int:
             return sum(len(event["block_hashes"]) for event in events.stored("STORAGE"))
