@@ -15,7 +15,8 @@ from typing import Any
 
 HOOKS = (
     "get_num_new_matched_tokens", "build_connector_meta", "update_connector_output", "start_load_kv", "wait_for_save",
-    "get_finished", "get_block_ids_with_load_errors",
+    "get_finished", "get_block_ids_with_load_errors", "build_connector_worker_meta", "get_kv_connector_stats",
+    "take_events",
 )  # fmt: skip
 SAVING = "wait_for_save"
 

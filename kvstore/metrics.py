@@ -14,8 +14,9 @@ from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from kvstore import __version__
-from kvstore.tiers import circuit, disk
+from kvstore.tiers import disk
 from kvstore.tiers.base import Tier
+from kvstore_client import circuit
 from kvstore_codec import Quality
 
 log = logging.getLogger(__name__)

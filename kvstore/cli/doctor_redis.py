@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from kvstore.cli import render
 from kvstore.cli.doctor_finding import Finding, Subject, fail, ok, warn
 from kvstore.config import NodeConfig
-from kvstore.tiers.circuit import State
 from kvstore.tiers.redis_open import credentials_of
 from kvstore.tiers.redis_server import Failure, RedisServer
 from kvstore.tiers.redis_servers import Job, RedisServers
+from kvstore_client.circuit import State
 
 PINGS = 20
 VERSION_MIN = (4, 0)  # UNLINK

@@ -19,10 +19,10 @@ from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import Described, ObjectKey
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.base import Bytes, StoredObject
-from kvstore.tiers.circuit import State
 from kvstore.tiers.redis import OBJECT_BYTES_MAX, READ_BYTES_MAX, RedisTier
 from kvstore.tiers.redis_open import open_redis
 from kvstore.tiers.redis_server import FailureKind
+from kvstore_client.circuit import State
 from kvstore_codec import Quality
 
 READ_THREADS = WRITE_THREADS = 4  # apart, so that questions do not wait behind what is being written

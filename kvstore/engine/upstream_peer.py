@@ -19,7 +19,7 @@ import grpc
 
 from kvstore.engine.outside import Chain, FoundChunk, PutObject, Sent
 from kvstore.metrics import NodeMetrics
-from kvstore.tiers.circuit import Circuit, State
+from kvstore_client.circuit import Circuit, State
 from kvstore_client.connection import Connections, Node, failures, understood, worth_another_node
 from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientError, ProtocolViolation
 from kvstore_client.tls import TLS

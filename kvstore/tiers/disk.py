@@ -31,11 +31,11 @@ from kvstore.index.entry import ObjectKey
 from kvstore.memory import return_memory
 from kvstore.tiers import disk_root
 from kvstore.tiers.base import Bytes, StoredColumns, StoredObject
-from kvstore.tiers.circuit import Circuit
 from kvstore.tiers.disk_index import SLOT_BYTES, IndexFile, Slot, fingerprint
 from kvstore.tiers.disk_recovery import recover
 from kvstore.tiers.disk_segments import Segments, sync_directory
 from kvstore.tiers.disk_writer import BLOCK_BYTES, blocks_of
+from kvstore_client.circuit import Circuit
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,6 @@ import kvstore_codec as codec
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
 from kvstore.tiers.base import Bytes, StoredObject
-from kvstore.tiers.circuit import State
 from kvstore.tiers.redis_connection import Credentials
 from kvstore.tiers.redis_format import (
     ENVELOPE_BYTES,
@@ -38,6 +37,7 @@ from kvstore.tiers.redis_format import (
 from kvstore.tiers.redis_server import Command, Failure, FailureKind, RedisServer, Replies
 from kvstore.tiers.redis_servers import Answer, Job, RedisServers
 from kvstore.tiers.redis_url import RedisUrl
+from kvstore_client.circuit import State
 
 OBJECT_BYTES_MAX = 8 << 20  # one value is one reply: it is held in memory whole, and others wait behind it
 READ_BYTES_MAX = 32 << 20  # of one `read_many`

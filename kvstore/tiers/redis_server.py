@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from redis import exceptions as errors
 from redis.connection import AbstractConnection, BlockingConnectionPool
 
-from kvstore.tiers.circuit import Circuit, State
+from kvstore_client.circuit import Circuit, State
 
 log = logging.getLogger(__name__)
 

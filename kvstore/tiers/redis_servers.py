@@ -23,10 +23,10 @@ from redis.connection import AbstractConnection
 from redis.crc import REDIS_CLUSTER_HASH_SLOTS, key_slot
 from redis.exceptions import AskError, MovedError, ResponseError
 
-from kvstore.tiers.circuit import Circuit, State
 from kvstore.tiers.redis_connection import CallLimits, Credentials, open_pool
 from kvstore.tiers.redis_server import Command, Failure, RedisServer, Replies, failure_of
 from kvstore.tiers.redis_url import RedisUrl
+from kvstore_client.circuit import Circuit, State
 
 
 class Job(NamedTuple):

@@ -19,9 +19,9 @@ from tier_objects import LAYOUT, key_of, put, whole
 import kvstore_codec as codec
 from kvstore.errors import DiskUnusable, TierFailed
 from kvstore.tiers import disk_index, disk_segments
-from kvstore.tiers.circuit import PAUSE_S_MAX
 from kvstore.tiers.disk import READ_FAILURES_MAX, DiskTier, NewObject
 from kvstore.tiers.disk_index import PAGE_SLOTS, SLOT_BYTES
+from kvstore_client.circuit import PAUSE_S_MAX
 
 ROOMY = 64 << 20
 LOW, CHUNKS = (kv.chunks(LAYOUT, 6, seed=1, quality=quality) for quality in ("low", "raw"))

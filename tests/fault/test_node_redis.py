@@ -27,9 +27,9 @@ from relay import Relay
 from typing_extensions import Self
 
 import kvstore_codec as codec
-from kvstore.tiers.circuit import PAUSE_S_MAX
 from kvstore.tiers.redis import OBJECT_BYTES_MAX
 from kvstore_client import Client, Hit
+from kvstore_client.circuit import PAUSE_S_MAX
 from kvstore_codec import Quality
 
 DEADLINE_S = 1.0

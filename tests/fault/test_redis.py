@@ -26,9 +26,9 @@ from tier_objects import LAYOUT, key_of, put, whole
 
 from kvstore.errors import TierFailed, TierFull
 from kvstore.index.entry import ObjectKey
-from kvstore.tiers.circuit import FAILURES_MAX
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_connection import Credentials
+from kvstore_client.circuit import FAILURES_MAX
 
 CHUNKS = kv.chunks(LAYOUT, 8, seed=1, quality="low")
 Launch = Callable[..., RedisProcess]

@@ -17,9 +17,9 @@ from tier_objects import LAYOUT, key_of, put, whole
 
 from kvstore.errors import TierFailed
 from kvstore.index.entry import ObjectKey
-from kvstore.tiers.circuit import FAILURES_MAX
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_format import value_key
+from kvstore_client.circuit import FAILURES_MAX
 
 CHUNKS = kv.chunks(LAYOUT, 60, seed=1, quality="low")
 KEYS = [(key_of(chunk), len(chunk.blob)) for chunk in CHUNKS]

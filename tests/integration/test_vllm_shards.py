@@ -117,7 +117,7 @@ class Engine:
 
     def held(self, real: Real) -> int:
         """Tokens that the scheduler's side finds stored."""
-        return self.scheduler._tokens_held(RequestKey(), real.ids.tolist(), TOKENS, 0)
+        return self.scheduler._lookups.start(RequestKey(), real.ids.tolist(), TOKENS).result().tokens
 
     def close(self) -> None:
         for worker in self.workers:

@@ -6,88 +6,15 @@ The connector in real engines is tested in tests/integration/vllm.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 from node_process import NodeProcess
 from polling import wait_until
-from prometheus_client import CollectorRegistry
+from vllm_sides import HELD, PROMPT, Engine, output, request, saved
 
-from kvstore_client import Client, KVLayout
-from kvstore_client.integrations.vllm.config import ConnectorConfig
-from kvstore_client.integrations.vllm.identity import Namespaces, RequestKey
-from kvstore_client.integrations.vllm.metrics import ConnectorMetrics
-from kvstore_client.integrations.vllm.scheduler import SchedulerSide
-from kvstore_client.integrations.vllm.work import Load, Save
-from kvstore_client.integrations.vllm.worker import WorkerSide
-
-LAYOUT = KVLayout.uniform(model="m", revision="r", num_layers=2, kv_heads=2, head_dim=32, chunk_tokens=64)
-PROMPT = list(range(1000, 1300))  # four whole chunks and 44 tokens
-HELD = 256
-
-
-class Engine:
-    """Blocks of `page_tokens`, and both sides of a connector as one process has them."""
-
-    def __init__(self, address: str, page_tokens: int, blocks: int = 24, **extra: Any) -> None:
-        self.config = ConnectorConfig(address, transport="grpc", **extra)
-        self.registry = CollectorRegistry()
-        self.client = Client(address, transport="grpc", registry=self.registry)
-        metrics, namespaces = ConnectorMetrics(self.registry), Namespaces(self.client, LAYOUT)
-        self.page_tokens = page_tokens
-        generator = np.random.default_rng(page_tokens)
-        size = (blocks, page_tokens, 2, 32)
-        self.caches = [
-            (generator.standard_normal(size).astype(ml_dtypes.bfloat16),
-             generator.standard_normal(size).astype(ml_dtypes.bfloat16))
-            for _ in range(2)
-        ]  # fmt: skip
-        self.worker = WorkerSide(self.config, namespaces, metrics, self.caches)
-        self.scheduler = SchedulerSide(
-            self.config, namespaces, metrics, page_tokens=page_tokens, loads=True, saves=True
-        )  # fmt: skip
-
-    def count(self, name: str, **labels: str) -> float:
-        return self.registry.get_sample_value(f"kvstore_vllm_{name}_total", labels) or 0.0
-
-    def kv(self, block_ids: list[int]) -> Any:
-        return np.stack(
-            [np.stack([np.concatenate([plane[b] for b in block_ids]) for plane in kv]) for kv in self.caches]
-        )
-
-    def matched(self, request: Any, computed: int = 0) -> int:
-        """Asked again and again, as a scheduler does."""
-        answers: list[int] = []
-
-        def answered() -> bool:
-            tokens, asynchronously = self.scheduler.matched(request, computed)
-            assert asynchronously == bool(tokens)
-            answers.extend([] if tokens is None else [tokens])
-            return bool(answers)
-
-        wait_until(answered, "the lookup is over", deadline_s=20)
-        return answers[0]
-
-    def loaded(self, load: Load) -> set[int]:
-        """The failed blocks of a load, when it is over."""
-        self.worker.load(load)
-        ended: set[str] = set()
-
-        def over() -> bool:
-            ended.update(self.worker.finished_loads())
-            return bool(ended)
-
-        wait_until(over, "the load is over", deadline_s=30)
-        assert ended == {load.request_id}
-        return self.worker.failed_blocks()
-
-    def close(self) -> None:
-        self.worker.close()
-        self.scheduler.close()
-        self.client.close()
+from kvstore_client.integrations.vllm.identity import RequestKey
+from kvstore_client.integrations.vllm.work import Save
 
 
 @pytest.fixture
@@ -97,43 +24,6 @@ def engines(node: NodeProcess) -> Iterator[list[Engine]]:
     yield started
     for engine in started:
         engine.close()
-
-
-def request(name: str = "r", **changes: Any) -> SimpleNamespace:
-    fields: dict[str, Any] = {
-        "request_id": name, "prompt_token_ids": PROMPT, "all_token_ids": list(PROMPT), "prompt_embeds": None,
-        "resumable": False, "lora_request": None, "cache_salt": None, "mm_features": [],
-        "kv_transfer_params": None,
-    }  # fmt: skip
-    return SimpleNamespace(**{**fields, **changes})
-
-
-def output(new: Any = (), cached: Any = (), resumed: Any = (), scheduled: Any = ()) -> SimpleNamespace:
-    """A scheduler's output. `new`: (id, blocks, computed); `cached`: (id, new blocks or None, computed)."""
-    return SimpleNamespace(
-        scheduled_new_reqs=[
-            SimpleNamespace(req_id=name, block_ids=(blocks,), num_computed_tokens=computed)
-            for name, blocks, computed in new
-        ],
-        scheduled_cached_reqs=SimpleNamespace(
-            req_ids=[name for name, _, _ in cached],
-            new_block_ids=[None if blocks is None else (blocks,) for _, blocks, _ in cached],
-            num_computed_tokens=[computed for _, _, computed in cached],
-            resumed_req_ids=set(resumed),
-        ),
-        num_scheduled_tokens=dict(scheduled),
-    )
-
-
-def saved(engine: Engine, blocks: list[int]) -> None:
-    """PROMPT, computed in one step."""
-    whole = request("saved")
-    assert engine.matched(whole) == 0
-    _, saves = engine.scheduler.step(output(new=[("saved", blocks, 0)], scheduled=[("saved", len(PROMPT))]))
-    for save in saves:
-        engine.worker.save(save)
-    wait_until(lambda: engine.count("tokens", direction="save") == HELD, "it is saved", deadline_s=30)
-    engine.scheduler.finished("saved")
 
 
 def test_what_one_engine_saves_another_loads(engines: list[Engine]) -> None:

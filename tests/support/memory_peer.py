@@ -15,7 +15,7 @@ from kvstore.engine.outside import Chain, FoundChunk, FoundObject, PutObject, Se
 from kvstore.engine.upstream import Upstream
 from kvstore.index.entry import ObjectKey
 from kvstore.metrics import NodeMetrics
-from kvstore.tiers.circuit import State
+from kvstore_client.circuit import State
 from kvstore_client.errors import KvClientError
 from kvstore_codec import Quality
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol, TypeVar
 
 from redis_process import RedisCluster, RedisProcess
 
-from kvstore.tiers.circuit import PAUSE_S_MAX, State
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_connection import CALL_TIMEOUTS, Credentials
 from kvstore.tiers.redis_server import FailureKind
 from kvstore.tiers.redis_url import parse_redis_urls
+from kvstore_client.circuit import PAUSE_S_MAX, State
 
 TIMEOUT_S = 0.2  # of the tiers under faults
 SLACK_S = 0.4  # for a busy machine to schedule us

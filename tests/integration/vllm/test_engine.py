@@ -97,7 +97,9 @@ def test_a_node_that_dies_during_a_load_costs_time_not_tokens(
     relay = Relay(int(node.address.rpartition(":")[2]))
     try:
         prompt = prompts[0]
-        engine = start_engine(kv_transfer(relay.address, transport="grpc", lookup_s=10.0, deadline_s=120.0))
+        engine = start_engine(
+            kv_transfer(relay.address, transport="grpc", lookup_s=10.0, deadline_s=120.0, planner=False)
+        )  # fmt: skip
         first = engine.generate([prompt], NEW_TOKENS)
         engine.wait_saved(len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS)
         engine.reset()

@@ -19,7 +19,7 @@ from kvstore.engine.outside import UNKNOWN, Chain, Outside, PutObject
 from kvstore.engine.owed import Owed, OwedObject
 from kvstore.engine.upstream import Upstream
 from kvstore.metrics import NodeMetrics
-from kvstore.tiers.circuit import Circuit
+from kvstore_client.circuit import Circuit
 from kvstore_client.errors import ProtocolViolation, Unavailable
 from kvstore_cluster.placement import rank
 from kvstore_codec import Quality

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kvstore_client import InvalidArgument, Quality
+from kvstore_client import TLS, InvalidArgument, Quality
 from kvstore_client.integrations.vllm.config import ConnectorConfig
 
 
@@ -24,6 +24,9 @@ from kvstore_client.integrations.vllm.config import ConnectorConfig
         ({"address": "h:1", "stage_mib": True}, "stage_mib is a positive integer"),
         ({"address": "h:1", "chunk_tokens": 128.0}, "chunk_tokens is a positive integer"),
         ({"address": "h:1", "revision": ""}, "revision is a text"),
+        ({"address": "h:1", "planner": "off"}, "planner is true or false"),
+        ({"address": "h:1", "tls_ca": 1}, "tls_ca is a text"),
+        ({"address": "h:1", "tls_cert": "c.pem", "tls_key": "k.pem"}, "tls_cert is of no use without tls_ca"),
     ],
 )
 def test_mistakes(extra: dict[str, Any], message: str) -> None:
@@ -47,3 +50,9 @@ def test_blocks_that_no_chunk_fits(asked: int | None, block: int, message: str) 
 def test_what_is_computed_on_lossy_prefixes_says_so() -> None:
     assert ConnectorConfig("h:1").provenance is Quality.RAW
     assert ConnectorConfig("h:1", quality="high").provenance is Quality.HIGH
+
+
+def test_tls() -> None:
+    assert ConnectorConfig.from_extra({"address": "h:1"}).tls is None
+    keys = {"tls_ca": "ca.pem", "tls_cert": "c.pem", "tls_key": "k.pem", "tls_server_name": "node"}
+    assert ConnectorConfig.from_extra({"address": "h:1", **keys}).tls == TLS("ca.pem", "c.pem", "k.pem", "node")

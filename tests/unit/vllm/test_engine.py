@@ -47,14 +47,14 @@ def engine(**parallel: int) -> SimpleNamespace:
     )
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.32.0", "0.32.1+cpu", "0.32"])
+@pytest.mark.parametrize("version", ["0.29.0", "0.31.0", "0.32.0", "0.32.1+cpu", "0.32"])
 def test_known_versions(version: str) -> None:
     check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.30.2", "0.33.0", "0.320.0", "dev"])
+@pytest.mark.parametrize("version", ["0.28.2", "0.33.0", "0.320.0", "dev"])
 def test_other_versions_are_refused_with_those_that_are_known(version: str) -> None:
-    with pytest.raises(InvalidArgument, match=rf"knows vLLM 0\.31, 0\.32: .*found={version}"):
+    with pytest.raises(InvalidArgument, match=rf"knows vLLM 0\.29, 0\.30, 0\.31, 0\.32: .*found={version}"):
         check_version(version)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.target import parse_target
+from kvstore_client.tls import TLS
 from kvstore_client.transports.bulk_path import Transport, checked_transport
 from kvstore_codec import Quality
 from kvstore_codec.layout import CHUNK_TOKENS_MAX
@@ -26,7 +27,9 @@ class ConnectorConfig:
     `deadline_s`: of a load, which is cut short then, and of a save. `stage_mib`: host memory for KV that is on its way
     to the node; what does not fit is not saved. `transport`: as `Client` takes it. `revision`: which weights these are,
     in place of a digest of their files. `head_groups`: into how many parts of as many KV heads each a chunk is stored,
-    a multiple of the engine's tensor parallel size, which is the default.
+    a multiple of the engine's tensor parallel size, which is the default. `planner`: whether a
+    prefix that the node holds is loaded only where that is faster than computing it. `tls_ca`, `tls_cert`, `tls_key`,
+    `tls_server_name`: as `TLS` takes them.
     """
 
     address: str
@@ -38,6 +41,11 @@ class ConnectorConfig:
     transport: Transport = "auto"
     revision: str | None = None
     head_groups: int | None = None
+    planner: bool = True
+    tls_ca: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
+    tls_server_name: str | None = None
 
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
@@ -67,7 +75,21 @@ class ConnectorConfig:
                 raise InvalidArgument(f"{name} is a positive integer", got=value)
         if config.revision is not None and (not isinstance(config.revision, str) or not config.revision):
             raise InvalidArgument("revision is a text that is other for other weights", got=config.revision)
+        if not isinstance(config.planner, bool):
+            raise InvalidArgument("planner is true or false", got=config.planner)
+        for name in ("tls_ca", "tls_cert", "tls_key", "tls_server_name"):
+            value = getattr(config, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise InvalidArgument(f"{name} is a text", got=value)
+            if value is not None and config.tls_ca is None:
+                raise InvalidArgument(f"{name} is of no use without tls_ca, the certificates that sign the node's")
         return config
+
+    @property
+    def tls(self) -> TLS | None:
+        if self.tls_ca is None:
+            return None
+        return TLS(self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name)
 
     def chunk_tokens_for(self, page_tokens: int) -> int:
         """Tokens of a chunk in an engine with such blocks. Raises InvalidArgument."""

@@ -1,4 +1,4 @@
-"""`KVStoreConnector`: vLLM's connector interface over the two sides. The only module here that imports vLLM.
+"""`KVStoreConnector`: vLLM's connector interface over the two sides. This module and `engine_metrics.py` import vLLM.
 
 vLLM makes one for its scheduler and one for each worker; what the first decides in a step reaches the second as that
 step's metadata.
@@ -6,29 +6,39 @@ step's metadata.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import vllm
+from vllm.distributed.kv_events import MEDIUM_STORAGE, BlockStored
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
     KVConnectorRole,
+    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvstore_client.client import Client
 from kvstore_client.errors import InvalidArgument
 from kvstore_client.integrations.vllm.config import ConnectorConfig
 from kvstore_client.integrations.vllm.engine import check_version, facts_of, pages_of
+from kvstore_client.integrations.vllm.engine_metrics import EngineMetrics, StepStats
+from kvstore_client.integrations.vllm.events import StoredBlocks, StoredEvents
 from kvstore_client.integrations.vllm.identity import Namespaces, layout_of
 from kvstore_client.integrations.vllm.metrics import connector_metrics
+from kvstore_client.integrations.vllm.prefill import attention_growth
 from kvstore_client.integrations.vllm.scheduler import SchedulerSide
-from kvstore_client.integrations.vllm.work import Load, Save
+from kvstore_client.integrations.vllm.work import Load, Report, Save
 from kvstore_client.integrations.vllm.worker import WorkerSide
 
+#: What events call the tier of the blocks that are told of.
+OWNERSHIP = "kvstore"
 log = init_logger("vllm.kvstore")  # vLLM shows what is under its own name
 
 
@@ -36,6 +46,14 @@ log = init_logger("vllm.kvstore")  # vLLM shows what is under its own name
 class StepWork(KVConnectorMetadata):  # type: ignore[misc]  # vLLM is not installed where types are checked
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
+
+
+@dataclass
+class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    report: Report
+
+    def aggregate(self, other: StepReport) -> StepReport:
+        return StepReport(self.report.merged(other.report))
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -52,7 +70,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             facts, chunk_tokens=self._config.chunk_tokens_for(page_tokens), revision=self._config.revision,
             head_groups=self._config.head_groups_for(facts.kv_heads, workers),
         )  # fmt: skip
-        self._client = Client(self._config.address, transport=self._config.transport)
+        # The scheduler has to know a node that fails from one that has nothing; for workers both are a miss.
+        self._client = Client(
+            self._config.address, transport=self._config.transport, tls=self._config.tls,
+            strict=role is KVConnectorRole.SCHEDULER,
+        )  # fmt: skip
         shard = {} if role is KVConnectorRole.SCHEDULER else {
             "rank": vllm_config.parallel_config.rank % workers, "workers": workers
         }  # fmt: skip
@@ -61,11 +83,13 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._worker: WorkerSide | None = None  # when there are pages
         self._scheduler: SchedulerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
-            if transfer.kv_load_failure_policy != "recompute":
+            recomputes = transfer.kv_load_failure_policy == "recompute"
+            if not recomputes:
                 log.warning('set "kv_load_failure_policy": "recompute": now a load that fails fails its request')
             self._scheduler = SchedulerSide(
                 self._config, self._namespaces, self._metrics, page_tokens=page_tokens,
-                loads=transfer.is_kv_consumer, saves=transfer.is_kv_producer,
+                loads=transfer.is_kv_consumer, saves=transfer.is_kv_producer, recomputes=recomputes,
+                growth=attention_growth(facts.config, facts.head_dim), events=self._events(vllm_config),
             )  # fmt: skip
             log.info("kvstore at %s, namespace %s, chunks of %d tokens, %s", self._config.address,
                      layout.namespace_id.hex()[:16], layout.chunk_tokens, self._config.quality)  # fmt: skip
@@ -94,6 +118,21 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         ended, failed = connector_output.finished_recving or (), connector_output.invalid_block_ids or set()
         if ended or failed:
             self._for_scheduler.loaded(list(ended), failed)
+        if isinstance(connector_output.kv_connector_worker_meta, StepReport):
+            self._for_scheduler.reported(connector_output.kv_connector_worker_meta.report)
+
+    def take_events(self) -> Iterable[Any]:
+        """vLLM asks once for each step, when it has the step's output."""
+        self._for_scheduler.ended()
+        return [self._event(blocks) for blocks in self._for_scheduler.stored_blocks()]
+
+    def _event(self, blocks: StoredBlocks) -> BlockStored:
+        return BlockStored(
+            block_hashes=[maybe_convert_block_hash(each) for each in blocks.hashes],
+            parent_block_hash=None if blocks.parent is None else maybe_convert_block_hash(blocks.parent),
+            token_ids=list(blocks.tokens), block_size=self._page_tokens, lora_id=None, lora_name=blocks.adapter,
+            medium=MEDIUM_STORAGE, group_idx=0, ownership=OWNERSHIP,
+        )  # fmt: skip
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Blocks may be freed at once: saves have copied them. vLLM itself keeps those of a load under way."""
@@ -130,11 +169,38 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._for_worker.failed_blocks()
 
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        report = self._for_worker.report()
+        return None if report is None else StepReport(report)
+
+    # Both sides, and the process that serves vLLM's metrics.
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        added = self._metrics.take()
+        return None if added is None else StepStats(added)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return StepStats() if data is None else StepStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: dict[type[Any], type[Any]], labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> KVConnectorPromMetrics:  # fmt: skip
+        return EngineMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
     def shutdown(self) -> None:
         for side in (self._scheduler, self._worker):
             if side is not None:
                 side.close()
         self._client.close()
+
+    def _events(self, vllm_config: Any) -> StoredEvents | None:
+        wanted = vllm_config.kv_events_config
+        if wanted is None or not wanted.enable_kv_cache_events:
+            return None
+        return StoredEvents(self._page_tokens, vllm_config.parallel_config.world_size)
 
     @property
     def _for_scheduler(self) -> SchedulerSide:

@@ -18,7 +18,7 @@ from kvstore_client.integrations.vllm.identity import EngineFacts
 from kvstore_client.integrations.vllm.pages import PageOrder, PageShape, found_order, views
 from kvstore_client.integrations.vllm.staging import PagePlane
 
-VERSIONS = ("0.31", "0.32")  # what the integration tests ran on
+VERSIONS = ("0.29", "0.30", "0.31", "0.32")  # what the integration tests ran on
 _UNSHARDED = ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size")
 _BITS = {2: torch.int16, 4: torch.int32}
 _NUMPY = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: "float16", torch.float32: "float32"}

@@ -6,21 +6,34 @@ blocks out at the end of the step that computed them; encoding and sending are a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from kvstore_client.integrations.vllm.config import ConnectorConfig
 from kvstore_client.integrations.vllm.identity import Namespaces
 from kvstore_client.integrations.vllm.metrics import ConnectorMetrics
 from kvstore_client.integrations.vllm.staging import PagePlane, Staging
-from kvstore_client.integrations.vllm.work import Load, Save
+from kvstore_client.integrations.vllm.work import Load, Report, Save
+from kvstore_client.planner.estimates import Speeds
 from kvstore_client.results import PutResult
 from kvstore_codec.arrays import PagedKV
 
 LOADS_MAX = 4  # at a time
 #: vLLM's null block: no request's KV lies there, and what does is never read. Loads leave there what is not theirs.
 NULL_BLOCK = 0
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """`tokens`: of the prompt that are good, those that the engine had included; `speeds`: what is measured by now."""
+
+    tokens: int
+    speeds: Mapping[str, Speeds]
 
 
 class WorkerSide:
@@ -35,28 +48,31 @@ class WorkerSide:
         self._page_tokens = caches[0][0].shape[1]
         page_bytes = sum(plane[0].nbytes for kv in caches for plane in kv)
         self._staging = Staging(caches, max(1, (config.stage_mib << 20) // page_bytes))
-        self._loading: dict[str, tuple[Load, Future[int]]] = {}
+        self._loading: dict[str, tuple[Load, Future[_Loaded]]] = {}
         self._saving: set[Future[PutResult]] = set()
         self._load_threads = ThreadPoolExecutor(LOADS_MAX, "kvstore-load")
         self._save_thread = ThreadPoolExecutor(1, "kvstore-save")  # one: a chunk goes before what follows it
         self._failed_blocks: set[int] = set()
+        self._speeds: dict[str, Speeds] = {}  # of loads that have ended since the last report
+        self._lock = threading.Lock()
+        self._stored: list[int] = []  # ids of saves
 
     def load(self, load: Load) -> None:
         """Begins a load. Its request is among `finished_loads` when nothing writes to its blocks any more."""
-        self._loading[load.request_id] = (load, self._load_threads.submit(self._loaded_tokens, load))
+        self._loading[load.request_id] = (load, self._load_threads.submit(self._get, load))
 
     def save(self, save: Save) -> None:
         """Copies the blocks of a save, and begins to send them."""
         pages = self._staging.take(save.block_ids)
         if pages is None:
-            self._metrics.saves.labels("full").inc()
+            self._metrics.count("saves", "full")
             self._metrics.log.warn(
                 "save", "full", "no room for KV on its way: the node is too slow, or raise stage_mib"
             )
             return
         sent = self._save_thread.submit(self._put, save, pages)
         self._saving.add(sent)
-        sent.add_done_callback(partial(self._sent, save, pages))
+        sent.add_done_callback(partial(self._sent, save, pages, time.monotonic()))
 
     @property
     def loading(self) -> int:
@@ -74,12 +90,15 @@ class WorkerSide:
         for request_id in ended:
             load, loaded = self._loading.pop(request_id)
             problem = loaded.exception()
-            tokens = 0 if problem else loaded.result()
+            tokens = 0
             if problem:
                 self._metrics.log.warn("load", type(problem).__name__, str(problem))
-            self._metrics.tokens.labels("load").inc(max(0, tokens - load.first_token))
+            else:
+                tokens = loaded.result().tokens
+                self._speeds.update(loaded.result().speeds)
+            self._metrics.count("tokens", "load", max(0, tokens - load.first_token))
             whole = tokens == len(load.tokens)
-            self._metrics.loads.labels("whole" if whole else "part" if tokens > load.first_token else "failed").inc()
+            self._metrics.count("loads", "whole" if whole else "part" if tokens > load.first_token else "failed")
             first = max(tokens, load.first_token) // self._page_tokens
             self._failed_blocks.update(load.block_ids[first:])
         return ended
@@ -89,22 +108,38 @@ class WorkerSide:
         failed, self._failed_blocks = self._failed_blocks, set()
         return failed
 
+    def report(self) -> Report | None:
+        """What is new since the last call; None: nothing."""
+        if not self._speeds and not self._stored:
+            return None
+        speeds, self._speeds = self._speeds, {}
+        with self._lock:
+            stored, self._stored = self._stored, []
+        return Report(speeds, dict.fromkeys(stored, 1))
+
     def close(self) -> None:
         """Saves that have begun end within their deadline; the others are dropped."""
         self._load_threads.shutdown(wait=False, cancel_futures=True)
         wait(list(self._saving), timeout=self._config.deadline_s)
         self._save_thread.shutdown(wait=False, cancel_futures=True)
 
-    def _loaded_tokens(self, load: Load) -> int:
-        """In a thread: how many of the load's tokens are good."""
-        before = load.first_token // self._page_tokens
-        room = PagedKV(
-            self._caches, [NULL_BLOCK] * before + list(load.block_ids[before:]), len(load.tokens)
+    def _get(self, load: Load) -> _Loaded:
+        """In a thread."""
+        began_s = time.monotonic()
+        size = self._namespaces.layout.chunk_tokens
+        first = load.first_token // size * size
+        theirs = (load.first_token - first) // self._page_tokens
+        blocks = [NULL_BLOCK] * theirs + list(load.block_ids[load.first_token // self._page_tokens :])
+        goal: dict[str, Any] = {}
+        if load.prefill is not None:
+            goal = {"ttft": self._config.deadline_s, "prefill_tokens_per_s": load.prefill}
+        cache = self._namespaces.of(load.key)
+        _, tokens = cache.get(
+            load.tokens, min_quality=self._config.quality, out=PagedKV(self._caches, blocks, len(load.tokens) - first),
+            first_token=first, deadline=self._config.deadline_s, **goal,
         )  # fmt: skip
-        _, tokens = self._namespaces.of(load.key).get(
-            load.tokens, min_quality=self._config.quality, out=room, deadline=self._config.deadline_s
-        )
-        return tokens
+        self._metrics.observe("load_seconds", time.monotonic() - began_s)
+        return _Loaded(first + tokens, cache.speeds())
 
     def _put(self, save: Save, pages: Sequence[int]) -> PutResult:
         """In a thread."""
@@ -114,16 +149,19 @@ class WorkerSide:
             deadline=self._config.deadline_s,
         )  # fmt: skip
 
-    def _sent(self, save: Save, pages: Sequence[int], sent: Future[PutResult]) -> None:
+    def _sent(self, save: Save, pages: Sequence[int], began_s: float, sent: Future[PutResult]) -> None:
         """What went wrong cost these chunks, nothing else."""
         self._staging.give_back(pages)
+        self._metrics.observe("save_seconds", time.monotonic() - began_s)
         problem = CancelledError("the engine shut down") if sent.cancelled() else sent.exception()
         if problem:
-            self._metrics.saves.labels("failed").inc()
+            self._metrics.count("saves", "failed")
             self._metrics.log.warn("save", type(problem).__name__, str(problem))
         elif sent.result().rejected:
-            self._metrics.saves.labels("rejected").inc()
+            self._metrics.count("saves", "rejected")
         else:
-            self._metrics.saves.labels("stored").inc()
-            self._metrics.tokens.labels("save").inc(len(save.tokens) - save.first_token)
+            with self._lock:
+                self._stored.append(save.save_id)
+            self._metrics.count("saves", "stored")
+            self._metrics.count("tokens", "save", len(save.tokens) - save.first_token)
         self._saving.discard(sent)

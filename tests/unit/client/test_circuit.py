@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from kvstore.tiers.circuit import FAILURES_MAX, PAUSE_S, PAUSE_S_MAX, Circuit
+from kvstore_client.circuit import FAILURES_MAX, PAUSE_S, PAUSE_S_MAX, Circuit
 
 
 class Clock:
