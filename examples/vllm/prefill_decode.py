@@ -123,7 +123,12 @@ def started(processes: Processes, folder: Path, model_folder: str, port: int) ->
 
 
 def ask(router: str, text: str) -> dict[str, Any]:
-    asked = {"model": "smollm2", "prompt": f"{DOCUMENT}\n{text}", "max_tokens": 16, "temperature": 0.0}
+    asked = {
+        "model": "smollm2",
+        "prompt": f"{DOCUMENT}\nQuestion: {text}\nAnswer:",
+        "max_tokens": 16,
+        "temperature": 0.0,
+    }
     request = urllib.request.Request(
         f"{router}/v1/completions", json.dumps(asked).encode(), {"Content-Type": "application/json"}
     )
