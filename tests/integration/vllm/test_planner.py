@@ -61,7 +61,7 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(tmp_path: Path, pro
         # A try tells little of a link that brings nothing while it is waited for: the next may still be a load.
         tried = sum(counters.get(f"kvstore_vllm_plans_total{{{choice}}}", 0) for choice in ("probe", "load", "part"))
         assert tried == tries - 1
-        assert counters["kvstore_client_misses_total{slower}"] == tried
+        assert counters.get("kvstore_client_misses_total{slower}", 0) == tried
         assert counters.get("kvstore_vllm_loads_total{whole}", 0) == 0
         # What is computed although the node has it is not saved again.
         engine.reset()
