@@ -58,7 +58,10 @@ def test_a_load_that_takes_longer_than_computing_is_not_made(tmp_path: Path, pro
             assert again["first_token_s"][0] < loading_s
             counters = engine.counters()
         assert counters["kvstore_vllm_plans_total{compute}"] == 1
-        assert counters.get("kvstore_vllm_plans_total{probe}", 0) == tries - 1
+        # A try tells little of a link that brings nothing while it is waited for: the next may still be a load.
+        tried = sum(counters.get(f"kvstore_vllm_plans_total{{{choice}}}", 0) for choice in ("probe", "load", "part"))
+        assert tried == tries - 1
+        assert counters.get("kvstore_client_misses_total{slower}", 0) == tried
         assert counters.get("kvstore_vllm_loads_total{whole}", 0) == 0
         # What is computed although the node has it is not saved again.
         engine.reset()

@@ -13,8 +13,8 @@ from node_process import NodeProcess
 from polling import wait_until
 from smollm2 import CACHE, TEXT
 from transformers import AutoTokenizer
+from vllm_endpoint import VllmServer, free_port
 from vllm_engine import BLOCK_TOKENS, kv_transfer
-from vllm_serve import VllmServer, free_port
 
 from kvstore.demo import model
 
