@@ -6,6 +6,7 @@ step's metadata.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,11 @@ class StepReport(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
     def aggregate(self, other: StepReport) -> StepReport:
         return StepReport(self.report.merged(other.report))
+
+
+#: In a step without tokens, of which vLLM turns thousands while a load is under way: the threads that load want the
+#: interpreter's lock, and would otherwise wait for each turn of it as long as the interpreter's switch interval.
+NAP_S = 5e-5
 
 
 class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
@@ -112,6 +118,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._for_scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            time.sleep(NAP_S)
         return StepWork(*self._for_scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
