@@ -6,7 +6,7 @@ step's metadata.
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +85,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             "rank": vllm_config.parallel_config.rank % workers, "workers": workers
         }  # fmt: skip
         self._namespaces, self._metrics = Namespaces(self._client, layout, **shard), connector_metrics()
-        self._page_tokens = page_tokens
+        self._page_tokens, self._never = page_tokens, threading.Event()
         self._worker: WorkerSide | None = None  # when there are pages
         self._scheduler: SchedulerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -119,7 +119,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         if scheduler_output.total_num_scheduled_tokens == 0:
-            time.sleep(NAP_S)
+            self._never.wait(NAP_S)
         return StepWork(*self._for_scheduler.step(scheduler_output))
 
     def update_connector_output(self, connector_output: Any) -> None:
