@@ -198,7 +198,8 @@ class Chaos:
                 upstream = ("--upstream", self._places[-1].relay.addresses[0]) if self._places else ()
                 self._places.append(Place(folder, role, *upstream))
             transfer = kv_transfer(
-                self._places[-1].relay.addresses[0], lookup_s=LOOKUP_S, deadline_s=DEADLINE_S,
+                # Without a planner: after a fault it computes for a while, and nothing would be loaded under the next.
+                self._places[-1].relay.addresses[0], lookup_s=LOOKUP_S, deadline_s=DEADLINE_S, planner=False,
                 transport="grpc" if len(roles) == 1 else "auto",
             )  # fmt: skip
             self.engine = EngineProcess(folder / "engine.log", transfer, dtype="float32")
