@@ -60,7 +60,9 @@ def test_high_agrees_up_to_the_first_near_tie(tmp_path: Path, dtype: str) -> Non
     engine: EngineProcess | None = None
     try:
         engine = EngineProcess(
-            tmp_path / "engine.log", kv_transfer(node.address, quality="high", lookup_s=10.0), dtype=dtype
+            tmp_path / "engine.log",
+            kv_transfer(node.address, quality="high", lookup_s=10.0, planner=False),
+            dtype=dtype,
         )
         # What was computed with all prompts at once rounds otherwise than one by one: both sides come in one batch.
         engine.generate(prompts, 1)

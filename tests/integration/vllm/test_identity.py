@@ -55,8 +55,8 @@ def test_two_adapters_and_two_salts_in_one_engine(tmp_path: Path) -> None:
     engine = None
     try:
         engine = EngineProcess(
-            tmp_path / "engine.log", kv_transfer(node.address), model=str(folder), dtype="float32", enable_lora=True,
-            max_loras=2, max_lora_rank=RANK,
+            tmp_path / "engine.log", kv_transfer(node.address, planner=False), model=str(folder), dtype="float32",
+            enable_lora=True, max_loras=2, max_lora_rank=RANK,
         )  # fmt: skip
         native = []
         with Client(node.address, transport="grpc") as client:

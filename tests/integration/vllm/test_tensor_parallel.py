@@ -37,9 +37,11 @@ def start_engine(tmp_path: Path, model_folder: Path) -> Iterator[Callable[..., E
     started: list[EngineProcess] = []
 
     def start(address: str, workers: int, **extra: Any) -> EngineProcess:
+        # Without a planner: so small a model is computed sooner than its KV is loaded.
+        transfer = kv_transfer(address, head_groups=HEAD_GROUPS, planner=False, **extra)
         started.append(EngineProcess(
-            tmp_path / f"engine-{len(started)}.log", kv_transfer(address, head_groups=HEAD_GROUPS, **extra),
-            model=str(model_folder), tensor_parallel_size=workers, dtype="float32",
+            tmp_path / f"engine-{len(started)}.log", transfer, model=str(model_folder), tensor_parallel_size=workers,
+            dtype="float32",
         ))  # fmt: skip
         return started[-1]
 
