@@ -52,7 +52,7 @@ RECOVERY_S_MAX = 2.0
 #: What may be added from the cycles after the first ones to the last: connections kept open come and go.
 GROWTH_MAX = {"pools": 4, "threads": 8, "descriptors": 24, "tasks": 8, "mappings": 8, "rss_bytes": 48 << 20}
 WARM_SHARE, WINDOW_SHARE = 0.4, 0.2  # of the cycles: before resources are looked at, and for how long
-WARM_CYCLES_MAX, WINDOW_CYCLES_MAX = 90, 60
+WARM_CYCLES_MAX, WINDOW_CYCLES_MAX = 400, 60  # by then clients have filled what they keep for puts and gets
 ANSWER_S_MAX = 120.0
 SUPPORT = Path(relayed_node.__file__).parent
 
