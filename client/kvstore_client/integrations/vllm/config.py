@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -50,14 +50,7 @@ class ConnectorConfig:
     @classmethod
     def from_extra(cls, extra: Mapping[str, Any]) -> ConnectorConfig:
         """Raises InvalidArgument."""
-        known = [each.name for each in fields(cls)]
-        for key in extra:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
-                raise InvalidArgument(
-                    f"kv_connector_extra_config has no key {key!r}: "
-                    + (f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}")
-                )
+        check_keys("kv_connector_extra_config", extra, [each.name for each in fields(cls)])
         if "address" not in extra:
             raise InvalidArgument('kv_connector_extra_config needs the node: {"address": "127.0.0.1:7070"}')
         config = cls(**extra)
@@ -122,3 +115,14 @@ class ConnectorConfig:
         computed ones, so all that this engine stores counts as computed on the least that it loads."""
         quality = Quality.parse(self.quality)
         return Quality.RAW if quality.exact else quality
+
+
+def check_keys(what: str, given: Iterable[str], known: Sequence[str], hidden: Sequence[str] = ()) -> None:
+    """Raises InvalidArgument for a key that `what` does not take. `hidden`: taken, but nobody's to write."""
+    for key in given:
+        if key not in known and key not in hidden:
+            close = difflib.get_close_matches(str(key), [*known, *hidden], 1)
+            raise InvalidArgument(
+                f"{what} has no key {key!r}: "
+                + (f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known)}")
+            )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from kvstore_client.errors import InvalidArgument
-from kvstore_client.integrations.vllm.config import ConnectorConfig
+from kvstore_client.integrations.vllm.config import ConnectorConfig, check_keys
 from kvstore_codec import KVLayout
 
 _OF_CONNECTOR = ("address", "quality", "lookup_s", "deadline_s", "transport", "revision")
@@ -27,14 +26,7 @@ class TierConfig:
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> TierConfig:
         """Raises InvalidArgument, LayoutError."""
-        known = (*_OF_CONNECTOR, "locality", "layout")
-        for key in settings:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, 1)
-                raise InvalidArgument(
-                    f"kvstore's secondary tier has no key {key!r}: "
-                    + (f"did you mean {close[0]!r}?" if close else f"it takes {', '.join(known[:-1])}")
-                )
+        check_keys("kvstore's secondary tier", settings, (*_OF_CONNECTOR, "locality"), hidden=("layout",))
         if "layout" not in settings:
             raise InvalidArgument(
                 "vLLM does not tell a tier whose KV it is given: use kv_connector KVStoreOffloadingConnector with "
