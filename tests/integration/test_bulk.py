@@ -402,11 +402,11 @@ def test_a_reader_killed_while_it_reads_holds_nothing(node: NodeProcess) -> None
     script = """
         import os, signal, sys
         sys.path[:0] = sys.argv[2:]
-        import kvstore_client.bulk_getting as bulk_getting
+        import kvstore_client.receiving as receiving
         from test_bulk import KV, LAYOUT, TOKENS, Client
         def dies(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
-        bulk_getting.decode_object = dies
+        receiving.decode_object = dies
         with Client(sys.argv[1], transport="shm", deadline=20.0) as client:
             client.namespace(LAYOUT).get(TOKENS[:256])
     """
@@ -432,7 +432,7 @@ def test_what_was_read_too_slowly_is_a_miss(node: NodeProcess, monkeypatch: pyte
             threading.Event().wait(2.0)
             decode_object(*arguments)
 
-        monkeypatch.setattr("kvstore_client.bulk_getting.decode_object", slowly)
+        monkeypatch.setattr("kvstore_client.receiving.decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256

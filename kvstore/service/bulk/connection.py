@@ -106,7 +106,12 @@ class Connection:
             return
         # The end of its time frees the memory: what is read after it is not confirmed, and counts for nothing.
         self._socket.limit(min(hold_ms, self._hold_ms_max) / 1000)
-        self._socket.receive(Kind.RELEASE)
+        try:
+            self._socket.receive(Kind.RELEASE)
+        except BaseException:
+            # Before the memory is let go: a client that finds its connection open takes what it has read for good.
+            self._socket.shutdown()
+            raise
         self._socket.limit(self._stream_idle_s)
         self._socket.send(Kind.RELEASED, 0)
 

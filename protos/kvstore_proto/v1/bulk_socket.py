@@ -126,6 +126,16 @@ class BulkSocket:
         self.receive_into(memoryview(data))
         return bytes(data)
 
+    def is_open(self) -> bool:
+        """Whether the peer has not ended it, nor sent anything that was not received yet; at once. Not of TLS."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
     def send_descriptor(self, kind: Kind, payload: bytes, descriptor: int) -> None:
         """Over a unix socket."""
         with _failures():
