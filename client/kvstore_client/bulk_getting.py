@@ -45,8 +45,7 @@ async def bulk_get(node: Node, asked: Asked, tools: Tools, found_by: Deadline, d
 
 
 def direct_get(node: Node, asked: Asked, tools: Tools, found_by: Deadline, deadline: Deadline) -> Got | None:
-    """The same in the calling thread, which it blocks. None also where no connection lies ready, and for each failure
-    before it is known what there is: `bulk_get` then finds out what there is to say of it."""
+    """The same in the calling thread, which it blocks. None also where no connection lies ready."""
     connection = node.bulk.ready.take()
     if connection is None:
         return None
@@ -56,8 +55,10 @@ def direct_get(node: Node, asked: Asked, tools: Tools, found_by: Deadline, deadl
     except KvClientError as error:
         connection.close()
         tools.loop.call_soon_threadsafe(node.bulk.failed, error)
-        return None
-    except BaseException:  # an interrupt of the caller's
+        if isinstance(error, Unavailable):
+            return None
+        raise
+    except BaseException:  # such as an interrupt of the calling thread
         connection.close()
         raise
     if (broken := receiving.broken) is not None:

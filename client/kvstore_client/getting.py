@@ -11,7 +11,7 @@ from typing import NamedTuple
 import kvstore_codec as codec
 from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, qualities
 from kvstore_client.bulk_getting import bulk_get, direct_get
-from kvstore_client.connection import Node, timeout_s
+from kvstore_client.connection import Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline
 from kvstore_client.deleting import LostChunks
 from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
@@ -103,24 +103,29 @@ class Gets:
 
     def get_directly(self, call: GetCall, loop: asyncio.AbstractEventLoop) -> Restored[AsyncRefinement] | None:
         """`get` in the calling thread, over a connection that lies ready; `loop` is the client's. None where there is
-        none, or more to it than one request: then nothing has happened yet that counts."""
+        none, where there is more to it than one request, or where it is worth asking again: then `get` is to follow."""
         if call.goal is not None or call.refine or not 0 < len(call.refs) <= HASHES_MAX:
             return None
         connections, began = self._session.connections, time.perf_counter()
         node = connections.best(self._key_of(call.prompt))
         if node is None:
             return None
+        asked = self._asked(call)
         try:
             found_by = Deadline(timeout_s(call.limit, len(connections.seeds)))
-        except KvClientError:
-            return None
-        got = direct_get(node, self._asked(call), self._tools(node, call.limit, loop), found_by, call.limit)
-        if got is None:
-            return None
+            got = direct_get(node, asked, self._tools(node, call.limit, loop), found_by, call.limit)
+        except KvClientError as error:
+            if worth_another_node(error):
+                return None
+            self._session.metrics.failures.labels("get", error.code.value).inc()
+            got, tokens = None, self._missed(error)
+        else:
+            if got is None:
+                return None
+            tokens = self._came(got, call)
         connections.answered(node)
-        tokens = self._came(got, call)
         self._session.metrics.seconds.labels("get").observe(time.perf_counter() - began)
-        return self._restored(call, got.into, tokens, None)
+        return self._restored(call, asked.room(()) if got is None else got.into, tokens, None)
 
     async def _get(self, call: GetCall, refinement: AsyncRefinement | None) -> tuple[KVArray, int]:
         asked, limit = self._asked(call), call.limit
@@ -139,9 +144,7 @@ class Gets:
         try:
             node, answer = await self._session.attempt("get", self._key_of(call.prompt), limit, ask)
         except KvClientError as error:
-            self._session.forgive("get", error)
-            self._session.count_miss(error.code.value)
-            return asked.room(()), 0
+            return asked.room(()), self._missed(error)
         got = answer if isinstance(answer, Got) else await self._fetched(
             node, answer, asked, limit, call.goal, refinement
         )  # fmt: skip
@@ -161,6 +164,12 @@ class Gets:
         return Tools(
             session.executor, session.threads, self._planner.timing(node), self._profile_of(node, limit), loop
         )  # fmt: skip
+
+    def _missed(self, error: KvClientError) -> int:
+        """No tokens, for this reason; raised where the client is strict."""
+        self._session.forgive("get", error)
+        self._session.count_miss(error.code.value)
+        return 0
 
     def _came(self, got: Got, call: GetCall) -> int:
         """The tokens that are there. Counts what is not, and raises it where the client is strict."""

@@ -100,7 +100,7 @@ class BulkConnection:
         )  # fmt: skip
         in_place = False
         with self._failures(deadline):
-            self._ask(Kind.FETCH, request.SerializeToString())
+            self._ask(Kind.FETCH, request.SerializeToString(), deadline)
         for found in self.objects(wanted, deadline):
             if isinstance(found, list):
                 in_place = True
@@ -124,8 +124,8 @@ class BulkConnection:
             hold_ms=_hold_ms(hold_s),
         )  # fmt: skip
         with self._failures(deadline):
-            self._ask(Kind.GET, request.SerializeToString())
-            found = self._socket.receive(Kind.FOUND, Kind.END)
+            self._ask(Kind.GET, request.SerializeToString(), deadline)
+            found = self._socket.receive(Kind.FOUND, Kind.END, until=deadline.remaining)
             payload = self._payload(found, deadline)
             if found.kind is Kind.FOUND:
                 return store_pb2.LookupResponse.FromString(payload)
@@ -140,7 +140,7 @@ class BulkConnection:
         while True:
             places: list[memoryview] = []
             with self._failures(deadline):
-                found = self._socket.receive(Kind.OBJECT, Kind.PLACES, Kind.END)
+                found = self._socket.receive(Kind.OBJECT, Kind.PLACES, Kind.END, until=deadline.remaining)
                 if found.kind is Kind.END:
                     self._check_end(self._payload(found, deadline))
                     return
@@ -172,12 +172,12 @@ class BulkConnection:
             self._socket.send(Kind.RELEASE, 0)
             self._owed = True
             if not was_open:
-                self._receive_owed()
+                self._receive_owed(deadline)
 
     def offer(self, offer: store_pb2.PutOffer, deadline: Deadline) -> store_pb2.PutResponse:
         with self._failures(deadline):
-            self._ask(Kind.OFFER, store_pb2.PutRequest(offer=offer).SerializeToString())
-            return self._answer(Kind.VERDICTS)
+            self._ask(Kind.OFFER, store_pb2.PutRequest(offer=offer).SerializeToString(), deadline)
+            return self._answer(Kind.VERDICTS, deadline)
 
     def send(
         self, objects: Sequence[tuple[int, bytes | memoryview]], deadline: Deadline, count_sent: Callable[[int], None]
@@ -194,7 +194,7 @@ class BulkConnection:
     def commit(self, deadline: Deadline) -> store_pb2.PutResponse:
         with self._failures(deadline):
             self._socket.send(Kind.COMMIT, 0)
-            return self._answer(Kind.RESULTS)
+            return self._answer(Kind.RESULTS, deadline)
 
     def shutdown(self) -> None:
         """From any thread: the call under way ends, as Unavailable."""
@@ -203,13 +203,13 @@ class BulkConnection:
     def close(self) -> None:
         self._end()
 
-    def _ask(self, kind: Kind, payload: bytes) -> None:
+    def _ask(self, kind: Kind, payload: bytes, deadline: Deadline) -> None:
         self._socket.send(kind, 0, payload)
-        self._receive_owed()
+        self._receive_owed(deadline)
 
-    def _receive_owed(self) -> None:
+    def _receive_owed(self, deadline: Deadline) -> None:
         if self._owed:
-            self._socket.receive(Kind.RELEASED)
+            self._socket.receive(Kind.RELEASED, until=deadline.remaining)
             self._owed = False
 
     def _in_place(self, payload: bytes, wanted: Wanted, at: int) -> list[memoryview]:
@@ -231,9 +231,9 @@ class BulkConnection:
         self._socket.receive_into(data, until=deadline.remaining)
         return bytes(data)
 
-    def _answer(self, expected: Kind) -> store_pb2.PutResponse:
-        found = self._socket.receive(expected, Kind.END)
-        payload = self._socket.payload(found)
+    def _answer(self, expected: Kind, deadline: Deadline) -> store_pb2.PutResponse:
+        found = self._socket.receive(expected, Kind.END, until=deadline.remaining)
+        payload = self._payload(found, deadline)
         if found.kind is Kind.END:
             self._check_end(payload)
             raise BadFrame("a put ended before it was answered")

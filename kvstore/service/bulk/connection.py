@@ -69,7 +69,7 @@ class Connection:
     def _answered(self, method: str, serve: Any) -> None:
         """Counts and times a request; one that fails is answered with the reason, and ends the connection."""
         began_s, status = time.perf_counter(), grpc.StatusCode.UNKNOWN
-        self._boundary.begin_elsewhere(self._loop)
+        self._boundary.begin()
         try:
             try:
                 serve()
@@ -90,7 +90,7 @@ class Connection:
             self._socket.send(Kind.END, 0, ended.SerializeToString())
             raise _Refused from None
         finally:
-            self._boundary.end_elsewhere(self._loop, method, status.name, time.perf_counter() - began_s)
+            self._boundary.end(method, status.name, time.perf_counter() - began_s)
 
     def _fetch(self, payload: bytes) -> None:
         asked = transfer_pb2.BulkFetch.FromString(payload)

@@ -89,9 +89,10 @@ class BulkSocket:
             while left:
                 left = _behind(left, self._socket.sendmsg(left[:_VECTOR_MAX]))
 
-    def receive(self, *expected: Kind) -> Header:
-        """The next frame's header. Raises ConnectionEnded, NoProgress, BadFrame (also for a kind not expected)."""
-        self.receive_into(self._buffer)
+    def receive(self, *expected: Kind, until: Callable[[], float] | None = None) -> Header:
+        """The next frame's header; `until` as of `receive_into`. Raises ConnectionEnded, NoProgress, BadFrame (also for
+        a kind not expected)."""
+        self.receive_into(self._buffer, until=until)
         found = parse_header(self._buffer)
         if found.kind not in expected:
             raise BadFrame(f"{found.kind.name} came out of place")
