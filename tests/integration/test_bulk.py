@@ -531,6 +531,40 @@ def test_a_put_that_breaks_off_leaves_nothing(node: NodeProcess) -> None:
     assert outcomes == [store_pb2.OUTCOME_STORED, store_pb2.OUTCOME_REJECTED], "what came counts"
 
 
+def test_a_put_of_a_damaged_object_stores_the_others(node: NodeProcess) -> None:
+    refs = codec.chunk_refs(LAYOUT, TOKENS[:48])
+    blobs = [
+        codec.encode(codec.token_slice(KV, ref.first_token, ref.first_token + 16), LAYOUT, quality="raw",
+                     first_position=ref.first_token, chunk_hash=ref.hash)
+        for ref in refs
+    ]  # fmt: skip
+    offer = store_pb2.PutOffer(
+        namespace_id=LAYOUT.namespace_id, layout=LAYOUT.canonical_bytes,
+        objects=[
+            store_pb2.ObjectOffer(chunk_hash=ref.hash, parent_hash=ref.parent, object_bytes=len(blob))
+            for ref, blob in zip(refs, blobs, strict=True)
+        ],
+    )  # fmt: skip
+    blobs[1] = blobs[1][:-1] + bytes([blobs[1][-1] ^ 1])
+    with let_in(node) as connection:
+        connection.send(Kind.OFFER, 0, store_pb2.PutRequest(offer=offer).SerializeToString())
+        connection.payload(connection.receive(Kind.VERDICTS))
+        for index, blob in enumerate(blobs):
+            connection.send(Kind.OBJECT, index, blob)
+        connection.send(Kind.COMMIT, 0)
+        answer = store_pb2.PutResponse.FromString(connection.payload(connection.receive(Kind.RESULTS)))
+    outcomes = [result.outcome for result in answer.results.results]
+    assert outcomes == [store_pb2.OUTCOME_STORED, store_pb2.OUTCOME_REJECTED, store_pb2.OUTCOME_STORED]
+    assert "checksum" in answer.results.results[1].reason
+    assert gauge(node, 'kvstore_integrity_failures_total{code="checksum_mismatch",tier="put"}') == 1
+    assert gauge(node, "kvstore_staged_bytes") == gauge(node, WAITING) == 0
+    with Client(node.address, strict=True, registry=CollectorRegistry()) as client:
+        kv, tokens = client.namespace(LAYOUT).get(TOKENS[:48])
+        assert client.stat().objects == 2
+    assert tokens == 16
+    assert bits(kv) == bits(codec.token_slice(KV, 0, 16))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(noise=st.binary(max_size=300), kind=st.sampled_from(Kind), index=st.integers(0, 2**32 - 1))
 def test_no_bytes_of_a_peer_end_the_node(node: NodeProcess, noise: bytes, kind: Kind, index: int) -> None:
