@@ -4,7 +4,6 @@ chunks."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 from kv_objects import small_layout
 from kv_strategies import bits, random_kv
-from node_process import NodeProcess
-from prometheus_client import CollectorRegistry
 
 from kvstore_client import (
     AsyncPartsNamespace,
@@ -29,19 +26,6 @@ from kvstore_codec.arrays import PagedKV
 
 TOKENS = list(range(80))  # five chunks
 HEADS = 4
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path_factory.mktemp("node"))
-    yield node
-    node.kill()
-
-
-@pytest.fixture
-def client(node: NodeProcess) -> Iterator[Client]:
-    with Client(node.address, strict=True, deadline=20.0, registry=CollectorRegistry()) as client:
-        yield client
 
 
 def layout_of(name: str, layer_groups: int, head_groups: int) -> KVLayout:
