@@ -95,7 +95,9 @@ def test_through_a_sidecar_from_where_the_whole_prompt_is_placed(
     with Client(both, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         assert client.namespace(layout).put(tokens, kv, quality="lossless").stored == CHUNKS
     with Client(sidecar.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
-        got, n = client.namespace(layout).get(tokens, first_token=3 * size)
+        cache = client.namespace(layout)
+        assert cache.lookup(tokens, first_token=3 * size, lease_ms=0).tokens == len(tokens)
+        got, n = cache.get(tokens, first_token=3 * size)
     assert n == 3 * size
     assert bits(got) == bits(kv[:, :, 3 * size :])
 
