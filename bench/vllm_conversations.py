@@ -127,7 +127,7 @@ def measured(folder: Path, minutes: float, seed: int, dtype: str, with_store: bo
     node = NodeProcess(folder, "--host-capacity", "4GiB")
     try:
         transfer = kv_transfer(node.address, lookup_s=LOOKUP_S) if with_store else None
-        servers = [Server(folder / f"server-{number}.log", transfer, dtype) for number in range(2)]
+        servers = [Server(folder / f"server-{number}.log", transfer, dtype=dtype) for number in range(2)]
         for server in servers:
             server.wait_ready()
             server.complete(talk.question(-1, 0), 2)  # warms it up

@@ -7,197 +7,135 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvstore.cli.node_options import node_options
+
 if TYPE_CHECKING:
     from kvstore.cli.remote import Target
     from kvstore_client.tls import TLS
 
 admin_app = typer.Typer(help="Look at and operate a running node.")
 
-Address = Annotated[
-    str, typer.Option("--target", envvar="KVSTORE_TARGET", help="Node to ask: host:port or unix:/path.")
-]
-TlsCa = Annotated[
-    Path | None,
-    typer.Option(
-        "--tls-ca", envvar="KVSTORE_TARGET_TLS_CA", help="Certificates that sign the node's (default: no TLS)."
-    ),
-]
-TlsCert = Annotated[
-    Path | None, typer.Option("--tls-cert", envvar="KVSTORE_TARGET_TLS_CERT", help="Our certificate, if it wants one.")
-]
-TlsKey = Annotated[Path | None, typer.Option("--tls-key", envvar="KVSTORE_TARGET_TLS_KEY", help="Its private key.")]
-TlsName = Annotated[
-    str | None,
-    typer.Option("--tls-name", envvar="KVSTORE_TARGET_TLS_NAME", help="What the node's is for (default: its host)."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Deadline = Annotated[float, typer.Option("--deadline", min=0.001, help="Seconds to wait for the node.")]
 Hashes = Annotated[list[str] | None, typer.Argument(metavar="[HASH]...", help="Chunk hashes; prefixes do.")]
 Namespace = Annotated[str, typer.Option("--namespace", help="Only this namespace id; a prefix does.")]
-TARGET = "127.0.0.1:7070"
 DEADLINE_S = 10.0
 LONG_DEADLINE_S = 3600.0
 
 
-def named_tls(ca: Path | None, cert: Path | None, key: Path | None, name: str | None) -> TLS | None:
-    """Of the options of one command. Raises CommandFailed."""
-    from kvstore.cli.outcome import CommandFailed, ExitCode
-    from kvstore_client.tls import TLS
-
-    if ca is not None:
-        return TLS(ca, cert, key, name)
-    if (cert, key, name) != (None, None, None):
-        raise CommandFailed("--tls-cert, --tls-key and --tls-name need --tls-ca: pass that, too", ExitCode.USAGE)
-    return None
-
-
-def named_target(
-    address: str, ca: Path | None, cert: Path | None, key: Path | None, name: str | None
-) -> Target:  # fmt: skip
-    """Of the options of one command. Raises CommandFailed."""
-    from kvstore.cli.remote import Target
-
-    return Target(address, named_tls(ca, cert, key, name))
-
-
 @admin_app.command()
-def stat(
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
-    json: Json = False,
-    deadline: Deadline = DEADLINE_S,
-) -> None:
+@node_options
+def stat(*, node: Target, json: Json = False, deadline: Deadline = DEADLINE_S) -> None:
     """Show what a node holds and has done since it started."""
     from kvstore.cli import admin
 
-    admin.stat(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json)
+    admin.stat(node, deadline, json)
 
 
 @admin_app.command("ls")
+@node_options
 def list_objects(
+    *,
     prefix: Annotated[str, typer.Argument(metavar="[HASH]", help="Only hashes that start so.")] = "",
     namespace: Namespace = "",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Print at most so many.")] = 100,
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    node: Target,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """List stored objects."""
     from kvstore.cli import admin
 
-    admin.list_objects(
-        named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, prefix, namespace, limit
-    )
+    admin.list_objects(node, deadline, json, prefix, namespace, limit)
 
 
 @admin_app.command()
+@node_options
 def show(
+    *,
     prefix: Annotated[str, typer.Argument(metavar="HASH", help="Chunk hash; a prefix does.")],
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    node: Target,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Show everything about the objects of a chunk; exit code 1 if there are none."""
     from kvstore.cli import admin
 
-    admin.show(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, prefix)
+    admin.show(node, deadline, json, prefix)
 
 
 @admin_app.command()
+@node_options
 def verify(
+    *,
     hashes: Hashes = None,
     namespace: Namespace = "",
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    node: Target,
     json: Json = False,
     deadline: Deadline = LONG_DEADLINE_S,
 ) -> None:
     """Re-read stored objects and check every checksum; exit code 1 if any was damaged (and so dropped)."""
     from kvstore.cli import admin
 
-    admin.verify(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes or [], namespace)
+    admin.verify(node, deadline, json, hashes or [], namespace)
 
 
 @admin_app.command()
+@node_options
 def evict(
+    *,
     hashes: Hashes = None,
     tier: Annotated[str, typer.Option("--tier", help="host or disk (default: every tier).")] = "",
     size: Annotated[str, typer.Option("--bytes", help='Free at least this, such as "1GiB".')] = "",
     everything: Annotated[bool, typer.Option("--all", help="Evict all that may be evicted.")] = False,
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    node: Target,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Evict named chunks, or an amount of bytes in the node's own order. Leased objects stay."""
     from kvstore.cli import admin
 
-    admin.evict(
-        named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes or [], tier, size, everything
-    )
+    admin.evict(node, deadline, json, hashes or [], tier, size, everything)
 
 
 @admin_app.command()
+@node_options
 def pin(
+    *,
     hashes: Annotated[list[str], typer.Argument(metavar="HASH...", help="Chunk hashes; prefixes do.")],
     duration: Annotated[str, typer.Option("--for", help="How long: 90s, 30m, 1.5h, 7d (default: 1h).")] = "",
     hard: Annotated[bool, typer.Option("--hard", help="Until they are unpinned, beyond restarts.")] = False,
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    node: Target,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Keep chunks from being evicted; exit code 1 if any could not be pinned."""
     from kvstore.cli import pin as command
 
-    command.pin(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes, duration, hard)
+    command.pin(node, deadline, json, hashes, duration, hard)
 
 
 @admin_app.command()
+@node_options
 def unpin(
+    *,
     hashes: Hashes = None,
     everything: Annotated[bool, typer.Option("--all", help="Every pin, soft and hard.")] = False,
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    node: Target,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
 ) -> None:
     """Let pinned chunks go as others do; exit code 1 if none of those named was pinned."""
     from kvstore.cli import pin as command
 
-    command.unpin(named_target(target, tls_ca, tls_cert, tls_key, tls_name), deadline, json, hashes or [], everything)
+    command.unpin(node, deadline, json, hashes or [], everything)
 
 
 @admin_app.command()
+@node_options
 def top(
-    target: Address = TARGET,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    *,
+    node: Target,
     interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print the rates of one interval and end.")] = False,
     metrics: Annotated[
@@ -209,24 +147,20 @@ def top(
     """Watch a node live until ctrl-C; with --json, one object a line."""
     from kvstore.cli import top as command
 
-    command.top(
-        named_target(target, tls_ca, tls_cert, tls_key, tls_name),
-        command.Options(interval, once, metrics, json, deadline),
-    )
+    command.top(node, command.Options(interval, once, metrics, json, deadline))
 
 
 @admin_app.command()
+@node_options
 def doctor(
+    *,
     config: Annotated[
         Path | None, typer.Option("--config", envvar="KVSTORE_CONFIG", help="TOML file of the node to check for.")
     ] = None,
     target: Annotated[
         str | None, typer.Option("--target", envvar="KVSTORE_TARGET", help="A running node to look at, too.")
     ] = None,
-    tls_ca: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    tls_name: TlsName = None,
+    tls: TLS | None,
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this check; may be repeated.")] = None,
     json: Json = False,
     deadline: Deadline = DEADLINE_S,
@@ -234,5 +168,4 @@ def doctor(
     """Check this machine and what a node on it needs; exit code 1 if a check fails. KVSTORE_* count as for serve."""
     from kvstore.cli import doctor as command
 
-    tls = named_tls(tls_ca, tls_cert, tls_key, tls_name)
     command.doctor(config, target, only or [], json, deadline, tls)

@@ -14,6 +14,7 @@ from typing import Any
 import disk_places
 import kv_objects as kv
 import pytest
+from fake_clock import FakeClock
 from tier_objects import LAYOUT, key_of, put, whole
 
 import kvstore_codec as codec
@@ -28,26 +29,13 @@ LOW, CHUNKS = (kv.chunks(LAYOUT, 6, seed=1, quality=quality) for quality in ("lo
 LARGE = kv.small_layout("large", layers=4, head_dim=64)
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "disk"
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def reopen(root: Path, opened: list[DiskTier], clock: Clock) -> Callable[[], DiskTier]:
+def reopen(root: Path, opened: list[DiskTier], clock: FakeClock) -> Callable[[], DiskTier]:
     def again() -> DiskTier:
         if opened:
             opened.pop().close()
@@ -90,7 +78,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("function", "code", "call"), FAULTS)
 def test_a_write_that_fails_leaves_nothing_and_makes_the_tier_read_only_for_a_while(
-    root: Path, reopen: Callable[[], DiskTier], clock: Clock, monkeypatch: pytest.MonkeyPatch,
+    root: Path, reopen: Callable[[], DiskTier], clock: FakeClock, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, function: str, code: int, call: int,
 ) -> None:  # fmt: skip
     put(reopen(), CHUNKS[0])
@@ -137,7 +125,7 @@ def test_a_replacement_that_fails_leaves_the_old_version(
 
 @pytest.mark.parametrize("call", [1, 2], ids=["data", "index"])
 def test_a_failed_sync_takes_all_of_its_batch_and_nothing_else(
-    reopen: Callable[[], DiskTier], clock: Clock, monkeypatch: pytest.MonkeyPatch, call: int
+    reopen: Callable[[], DiskTier], clock: FakeClock, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
     """The kernel forgets what it could not write, so those pages are trusted no more, nor is their file appended to."""
     tier = reopen()
@@ -202,7 +190,7 @@ def test_what_the_index_refuses_changes_nothing(
 
 
 def test_a_disk_that_cannot_be_read_is_off_after_some_failures_in_a_row(
-    reopen: Callable[[], DiskTier], clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    reopen: Callable[[], DiskTier], clock: FakeClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = reopen()
     key = put(tier, CHUNKS[0])
@@ -296,7 +284,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_disk_that_is_really_full(small_disk: Path, clock: Clock) -> None:
+def test_a_disk_that_is_really_full(small_disk: Path, clock: FakeClock) -> None:
     root = small_disk / "disk"
     chunks = kv.chunks(LARGE, 200, seed=4)
     tier = DiskTier(root, ROOMY, clock=clock)  # believes in more room than there is

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
-from hostile_server import Context, Held, HostileServer, hang
+from hostile_server import Held, HostileServer, never
 from kv_objects import small_layout
 from node_process import NodeProcess
 from polling import wait_until
@@ -26,22 +25,8 @@ from kvstore_client import (
     PutResult,
     ValuesError,
 )
-from kvstore_proto.v1 import store_pb2 as pb
 
 DEADLINE_S = 30.0  # of what is not about time
-
-
-@pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    """One for all tests, which keep to namespaces of their own."""
-    node = NodeProcess(tmp_path_factory.mktemp("node"), "--host-capacity", "64MiB")
-    yield node
-    node.kill()
 
 
 @pytest.fixture
@@ -50,8 +35,8 @@ def mine(request: pytest.FixtureRequest) -> Prompt:
 
 
 @pytest.fixture
-def relay(node: NodeProcess) -> Iterator[Relay]:
-    relay = Relay(int(node.address.rpartition(":")[2]))
+def relay(shared: NodeProcess) -> Iterator[Relay]:
+    relay = Relay(int(shared.address.rpartition(":")[2]))
     yield relay
     relay.close()
 
@@ -60,15 +45,10 @@ def sample(registry: CollectorRegistry, name: str, **labels: str) -> float:
     return registry.get_sample_value(f"kvstore_client_{name}", labels) or 0.0
 
 
-def never(request: Any, context: Context) -> pb.LookupResponse:
-    hang(context)
-    return pb.LookupResponse()
-
-
 def test_what_is_put_in_the_background_is_there_when_its_future_is_done(
-    node: NodeProcess, registry: CollectorRegistry, mine: Prompt
+    shared: NodeProcess, registry: CollectorRegistry, mine: Prompt
 ) -> None:
-    with Client(node.address, strict=True, deadline=DEADLINE_S, registry=registry) as client:
+    with Client(shared.address, strict=True, deadline=DEADLINE_S, registry=registry) as client:
         cache = client.namespace(mine.layout)
         futures = [
             cache.put(mine.tokens[:last], mine.kv[:, :, :last], quality="lossless", background=True)
@@ -82,8 +62,8 @@ def test_what_is_put_in_the_background_is_there_when_its_future_is_done(
     assert sample(registry, "background_bytes") == 0
 
 
-async def test_the_asynchronous_clients_future_is_awaited(node: NodeProcess, mine: Prompt) -> None:
-    async with AsyncClient(node.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+async def test_the_asynchronous_clients_future_is_awaited(shared: NodeProcess, mine: Prompt) -> None:
+    async with AsyncClient(shared.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         cache = client.namespace(mine.layout)
         future = cache.put(mine.tokens, mine.kv, quality="lossless", background=True)
         assert isinstance(future, asyncio.Future)
@@ -128,8 +108,8 @@ def test_a_full_queue_drops_a_put_and_says_so(relay: Relay, registry: CollectorR
         assert cache.put(other.tokens, other.kv, background=True).result(DEADLINE_S).stored == 3
 
 
-def test_a_put_larger_than_the_queue_is_taken_where_it_is_alone(node: NodeProcess, mine: Prompt) -> None:
-    with Client(node.address, deadline=DEADLINE_S, registry=CollectorRegistry(), background_bytes=1) as client:
+def test_a_put_larger_than_the_queue_is_taken_where_it_is_alone(shared: NodeProcess, mine: Prompt) -> None:
+    with Client(shared.address, deadline=DEADLINE_S, registry=CollectorRegistry(), background_bytes=1) as client:
         assert client.namespace(mine.layout).put(mine.tokens, mine.kv, background=True).result(DEADLINE_S).stored == 4
 
 
@@ -146,8 +126,8 @@ def test_a_strict_client_raises_from_the_future(relay: Relay, mine: Prompt) -> N
         assert queued.result(DEADLINE_S).stored == 4
 
 
-def test_mistakes_are_raised_by_the_call_and_bad_values_by_the_future(node: NodeProcess, mine: Prompt) -> None:
-    with Client(node.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+def test_mistakes_are_raised_by_the_call_and_bad_values_by_the_future(shared: NodeProcess, mine: Prompt) -> None:
+    with Client(shared.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         cache = client.namespace(mine.layout)
         with pytest.raises(LayoutError):
             cache.put(mine.tokens, mine.kv[:1], background=True)
@@ -193,7 +173,7 @@ def test_a_cancelled_put_ends_and_the_next_has_its_turn() -> None:
         assert last.cancel()
 
 
-def test_closing_waits_for_what_is_queued(relay: Relay, node: NodeProcess, mine: Prompt) -> None:
+def test_closing_waits_for_what_is_queued(relay: Relay, shared: NodeProcess, mine: Prompt) -> None:
     relay.slow_down(1 << 16, 0.05)
     with Client(relay.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         cache = client.namespace(mine.layout)
@@ -202,7 +182,7 @@ def test_closing_waits_for_what_is_queued(relay: Relay, node: NodeProcess, mine:
         ]
     assert [future.done() for future in futures] == [True, True]
     assert [future.result().stored for future in futures] == [2, 2]
-    with Client(node.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+    with Client(shared.address, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         assert client.namespace(mine.layout).get(mine.tokens)[1] == 64
 
 

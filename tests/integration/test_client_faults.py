@@ -56,11 +56,6 @@ def kv() -> Any:
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
-
-
-@pytest.fixture
 def flags(tmp_path: Path) -> tuple[str, ...]:
     return ("--host-capacity", "512MiB", "--disk-path", str(tmp_path / "disk"), "--disk-capacity", "1GiB")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +20,6 @@ CHUNK = 16
 CHUNKS = 6
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path_factory.mktemp("node"))
-    try:
-        yield node
-    finally:
-        node.kill()
-
-
 def hashes(name: str, chunks: int = CHUNKS) -> EngineHashes:
     """As of an engine: of a name, each of all before it."""
     chain = [hashlib.sha256(name.encode()).digest()]
@@ -40,11 +30,13 @@ def hashes(name: str, chunks: int = CHUNKS) -> EngineHashes:
 
 @pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
 @pytest.mark.parametrize("quality", ["raw", "high"])
-def test_a_get_may_begin_behind_what_the_caller_has(node: NodeProcess, transport: Transport, quality: str) -> None:
+def test_a_get_may_begin_behind_what_the_caller_has(shared: NodeProcess, transport: Transport, quality: str) -> None:
     layout = small_layout(f"engine-hashes-{transport}-{quality}")
     prompt = hashes("prompt")
     kv = random_kv(layout, len(prompt), seed=1)
-    with Client(node.address, strict=True, deadline=20.0, transport=transport, registry=CollectorRegistry()) as client:
+    with Client(
+        shared.address, strict=True, deadline=20.0, transport=transport, registry=CollectorRegistry()
+    ) as client:
         cache = client.namespace(layout)
         # An engine's jobs: the end of a prompt, and its beginning later.
         assert cache.put(prompt, kv[:, :, 64:], quality=quality, first_token=64).stored == 2
@@ -68,11 +60,11 @@ def test_a_get_may_begin_behind_what_the_caller_has(node: NodeProcess, transport
         assert cache.get(hashes("another"), first_token=16).n == 0
 
 
-def test_an_engines_hash_is_not_trusted_alone(node: NodeProcess) -> None:
+def test_an_engines_hash_is_not_trusted_alone(shared: NodeProcess) -> None:
     """The same hash under other weights, and as tokens of the same namespace, is another object."""
     prompt, layout = hashes("prompt"), small_layout("engine-hashes-wrapped")
     kv = random_kv(layout, len(prompt), seed=2)
-    with Client(node.address, strict=True, deadline=20.0, registry=CollectorRegistry()) as client:
+    with Client(shared.address, strict=True, deadline=20.0, registry=CollectorRegistry()) as client:
         cache = client.namespace(layout)
         assert cache.put(prompt, kv, quality="raw").stored == CHUNKS
         others = replace(layout, revision="r2")
@@ -88,7 +80,7 @@ def test_an_engines_hash_is_not_trusted_alone(node: NodeProcess) -> None:
             cache.get(prompt, first_token=8)
         with pytest.raises(InvalidArgument, match="starts at the first token"):
             cache.get(prompt, first_token=16, refine=True)
-    with Client(node.address, tenant_key=bytes(32), registry=CollectorRegistry()) as stranger:
+    with Client(shared.address, tenant_key=bytes(32), registry=CollectorRegistry()) as stranger:
         assert stranger.namespace(layout).lookup(prompt).tokens == 0
 
 

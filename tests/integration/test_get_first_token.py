@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,30 +24,21 @@ names = (f"later-{number}" for number in itertools.count())
 PLANNED: dict[str, Any] = {"ttft": DEADLINE_S, "prefill_tokens_per_s": 1.0}
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path_factory.mktemp("later"), "--host-capacity", "64MiB")
-    try:
-        yield node
-    finally:
-        node.kill()
-
-
-def stored(node: NodeProcess) -> tuple[KVLayout, list[int], Any]:
+def stored(shared: NodeProcess) -> tuple[KVLayout, list[int], Any]:
     layout = small_layout(next(names))
     tokens = list(range(CHUNKS * layout.chunk_tokens + 5))
     kv = random_kv(layout, len(tokens), 1)
-    with Client(node.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+    with Client(shared.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         assert client.namespace(layout).put(tokens, kv, quality="lossless").stored == CHUNKS
     return layout, tokens, kv
 
 
 @pytest.mark.parametrize("arguments", [{}, PLANNED], ids=["whole", "planned"])
 @pytest.mark.parametrize("transport", ["grpc", "tcp", "shm"])
-def test_the_tokens_from_there_on(node: NodeProcess, transport: Transport, arguments: dict[str, Any]) -> None:
-    layout, tokens, kv = stored(node)
+def test_the_tokens_from_there_on(shared: NodeProcess, transport: Transport, arguments: dict[str, Any]) -> None:
+    layout, tokens, kv = stored(shared)
     size, registry = layout.chunk_tokens, CollectorRegistry()
-    with Client(node.address, transport=transport, strict=True, deadline=DEADLINE_S, registry=registry) as client:
+    with Client(shared.address, transport=transport, strict=True, deadline=DEADLINE_S, registry=registry) as client:
         cache = client.namespace(layout)
         objects = [chunk.stored_bytes for chunk in cache.lookup(tokens, lease_ms=0).chunks]
         got, n = cache.get(tokens, first_token=2 * size, **arguments)
@@ -61,11 +52,11 @@ def test_the_tokens_from_there_on(node: NodeProcess, transport: Transport, argum
         assert cache.get(tokens, first_token=CHUNKS * size, **arguments)[1] == 0
 
 
-def test_what_is_before_need_not_be_stored(node: NodeProcess) -> None:
-    layout, tokens, kv = stored(node)
+def test_what_is_before_need_not_be_stored(shared: NodeProcess) -> None:
+    layout, tokens, kv = stored(shared)
     size = layout.chunk_tokens
     other = small_layout(next(names))
-    with Client(node.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+    with Client(shared.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         cache = client.namespace(other)
         assert cache.put(tokens, kv[:, :, 2 * size :], first_token=2 * size, quality="raw").stored == CHUNKS - 2
         assert cache.get(tokens)[1] == 0
@@ -74,11 +65,11 @@ def test_what_is_before_need_not_be_stored(node: NodeProcess) -> None:
     assert bits(got) == bits(kv[:, :, 2 * size : CHUNKS * size])
 
 
-def test_into_the_pages_of_an_engine(node: NodeProcess) -> None:
-    layout, tokens, kv = stored(node)
+def test_into_the_pages_of_an_engine(shared: NodeProcess) -> None:
+    layout, tokens, kv = stored(shared)
     size = layout.chunk_tokens
     pages = [(np.zeros((9, 8, 2, 16), np.float16), np.zeros((9, 8, 2, 16), np.float16)) for _ in range(2)]
-    with Client(node.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+    with Client(shared.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         _, n = client.namespace(layout).get(
             tokens, first_token=4 * size, out=PagedKV(pages, [7, 3, 5, 1], 2 * size), min_quality="lossless"
         )  # fmt: skip
@@ -88,10 +79,10 @@ def test_into_the_pages_of_an_engine(node: NodeProcess) -> None:
 
 
 def test_through_a_sidecar_from_where_the_whole_prompt_is_placed(
-    start_node: Callable[..., NodeProcess], node: NodeProcess
+    start_node: Callable[..., NodeProcess], shared: NodeProcess
 ) -> None:
     """By the hash of its first chunk, though that is not read: of two nodes upstream, the other one has nothing."""
-    both = [node.address, start_node("--host-capacity", "16MiB").address]
+    both = [shared.address, start_node("--host-capacity", "16MiB").address]
     tokens = list(range(CHUNKS * small_layout().chunk_tokens))
 
     def places(layout: KVLayout) -> list[str]:
@@ -104,15 +95,17 @@ def test_through_a_sidecar_from_where_the_whole_prompt_is_placed(
     with Client(both, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         assert client.namespace(layout).put(tokens, kv, quality="lossless").stored == CHUNKS
     with Client(sidecar.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
-        got, n = client.namespace(layout).get(tokens, first_token=3 * size)
+        cache = client.namespace(layout)
+        assert cache.lookup(tokens, first_token=3 * size, lease_ms=0).tokens == len(tokens)
+        got, n = cache.get(tokens, first_token=3 * size)
     assert n == 3 * size
     assert bits(got) == bits(kv[:, :, 3 * size :])
 
 
 @pytest.mark.parametrize("arguments", [{"first_token": 7}, {"first_token": -16}, {"first_token": 16, "refine": True}])
-def test_nonsense_is_refused(node: NodeProcess, arguments: dict[str, Any]) -> None:
+def test_nonsense_is_refused(shared: NodeProcess, arguments: dict[str, Any]) -> None:
     with (
-        Client(node.address, strict=True, registry=CollectorRegistry()) as client,
+        Client(shared.address, strict=True, registry=CollectorRegistry()) as client,
         pytest.raises(InvalidArgument, match=r"first token|first_token"),
     ):  # fmt: skip
         client.namespace(small_layout(next(names))).get([1] * 64, **arguments)

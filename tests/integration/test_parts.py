@@ -4,7 +4,6 @@ chunks."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,16 +11,18 @@ import numpy as np
 import pytest
 from kv_objects import small_layout
 from kv_strategies import bits, random_kv
-from node_process import NodeProcess
-from prometheus_client import CollectorRegistry
 
 from kvstore_client import (
     AsyncPartsNamespace,
     Client,
+    Hit,
     InvalidArgument,
     KVLayout,
     LayoutError,
+    Lease,
     Partition,
+    PutResult,
+    Quality,
     Restored,
     Unavailable,
 )
@@ -29,19 +30,6 @@ from kvstore_codec.arrays import PagedKV
 
 TOKENS = list(range(80))  # five chunks
 HEADS = 4
-
-
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path_factory.mktemp("node"))
-    yield node
-    node.kill()
-
-
-@pytest.fixture
-def client(node: NodeProcess) -> Iterator[Client]:
-    with Client(node.address, strict=True, deadline=20.0, registry=CollectorRegistry()) as client:
-        yield client
 
 
 def layout_of(name: str, layer_groups: int, head_groups: int) -> KVLayout:
@@ -115,6 +103,54 @@ def test_a_prefix_is_as_long_as_its_shortest_part(client: Client) -> None:
     assert n == 48
     assert bits(got) == bits(kv[:, :, :48])
     assert cache.put(TOKENS[:48], kv[:, :, :48], quality="lossless").have == 3
+
+
+def test_a_chunk_is_as_good_as_its_worst_part(client: Client) -> None:
+    layout, kv = layout_of("worst", 1, 2), whole()
+    for part, quality, provenance in ((0, "high", "low"), (1, "medium", "raw")):
+        half = kv[:, :, :, 2 * part : 2 * part + 2]
+        assert client.namespace(layout, part=part).put(TOKENS, half, quality=quality, provenance=provenance).stored == 5
+    found = [client.namespace(layout, part=part).lookup(TOKENS).chunks for part in range(2)]
+    for chunk, first, second in zip(client.parts(layout).lookup(TOKENS).chunks, *found, strict=True):
+        assert (chunk.quality, chunk.provenance) == (Quality.MEDIUM, Quality.LOW)
+        assert chunk.stored_bytes == first.stored_bytes + second.stored_bytes
+
+
+class Answering:
+    """One part, whose calls answer so."""
+
+    layout = layout_of("answering", 1, 2)
+
+    def __init__(self, part: int, *, hit: Hit | None = None, result: PutResult | None = None) -> None:
+        self.part, self._hit, self._result = part, hit, result
+
+    async def lookup(self, *_: Any, **__: Any) -> Hit | None:
+        return self._hit
+
+    async def put(self, *_: Any, **__: Any) -> PutResult | None:
+        return self._result
+
+
+async def test_a_put_counts_what_became_of_every_part() -> None:
+    one = PutResult(stored=3, have=2, tokens=80, bytes=30, durable=True)
+    other = PutResult(stored=3, rejected=2, tokens=48, bytes=20, reasons=("it is full",))
+    parts = AsyncPartsNamespace([Answering(0, result=one), Answering(1, result=other)])  # type: ignore[list-item]
+    assert await parts.put(TOKENS, whole()) == PutResult(
+        stored=3, have=0, rejected=2, tokens=48, bytes=50, durable=False, reasons=("it is full",)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("leases", "expected"),
+    [
+        ([Lease((b"1",), 900, "a:1"), Lease((b"2", b"3"), 500, "a:1")], Lease((b"1", b"2", b"3"), 500, "a:1")),
+        ([Lease((b"1",), 900, "a:1"), Lease((b"2",), 500, "b:1")], None),  # no call renews leases of two nodes
+        ([Lease((b"1",), 900, "a:1"), None], None),
+    ],
+)
+async def test_the_lease_of_a_hit_is_that_of_every_part(leases: list[Lease | None], expected: Lease | None) -> None:
+    namespaces: Any = [Answering(part, hit=Hit(lease=lease)) for part, lease in enumerate(leases)]
+    assert (await AsyncPartsNamespace(namespaces).lookup(TOKENS)).lease == expected
 
 
 def test_a_planned_get_of_parts_and_what_it_measures(client: Client) -> None:

@@ -26,20 +26,6 @@ SLOW_ENGINE = 1.0  # tokens a second: anything is faster than recomputing
 names = (f"planner-{number}" for number in itertools.count())
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    node = NodeProcess(tmp_path_factory.mktemp("planner"), "--host-capacity", "256MiB")
-    try:
-        yield node
-    finally:
-        node.kill()
-
-
-@pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
-
-
 @pytest.fixture
 def relay(node: NodeProcess) -> Iterator[Callable[..., ShapedRelay]]:
     made: list[ShapedRelay] = []

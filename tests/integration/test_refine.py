@@ -28,28 +28,9 @@ DEADLINE_S = 30.0  # of what is not about time
 Fetch = Callable[[pb.FetchRequest, Context], Iterator[Answer]]
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    """One for all tests, which keep to namespaces of their own."""
-    node = NodeProcess(tmp_path_factory.mktemp("node"), "--host-capacity", "256MiB")
-    yield node
-    node.kill()
-
-
 @pytest.fixture
 def mine(request: pytest.FixtureRequest) -> Prompt:
     return prompt(layout(request.node.name), 4 * CHUNK)
-
-
-@pytest.fixture
-def registry() -> CollectorRegistry:
-    return CollectorRegistry()
-
-
-@pytest.fixture
-def client(node: NodeProcess, registry: CollectorRegistry) -> Iterator[Client]:
-    with Client(node.address, strict=True, deadline=DEADLINE_S, registry=registry) as client:
-        yield client
 
 
 def received(registry: CollectorRegistry) -> float:
@@ -67,10 +48,10 @@ def at(mine: Prompt, quality: str) -> Any:
 
 @pytest.mark.parametrize("transport", ["grpc", "tcp", "unix", "shm"])
 def test_coarse_values_first_and_only_the_rest_behind_them(
-    node: NodeProcess, registry: CollectorRegistry, transport: Transport
+    shared: NodeProcess, registry: CollectorRegistry, transport: Transport
 ) -> None:
     mine = prompt(layout(f"refined over {transport}", wide=transport == "grpc"), 4 * CHUNK)
-    with Client(node.address, strict=True, deadline=DEADLINE_S, registry=registry, transport=transport) as client:
+    with Client(shared.address, strict=True, deadline=DEADLINE_S, registry=registry, transport=transport) as client:
         cache = client.namespace(mine.layout)
         stored = cache.put(mine.tokens, mine.kv, quality="high")
         restored = cache.get(mine.tokens, refine=True)
@@ -180,8 +161,8 @@ def test_the_lease_is_kept_for_the_rest_and_then_given_back(client: Client, mine
     assert client.stat().leases == before + 1
 
 
-async def test_with_the_asynchronous_client(node: NodeProcess, mine: Prompt) -> None:
-    async with AsyncClient(node.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
+async def test_with_the_asynchronous_client(shared: NodeProcess, mine: Prompt) -> None:
+    async with AsyncClient(shared.address, strict=True, deadline=DEADLINE_S, registry=CollectorRegistry()) as client:
         cache = client.namespace(mine.layout)
         await cache.put(mine.tokens, mine.kv, quality="high")
         restored = await cache.get(mine.tokens, refine=True)
@@ -375,13 +356,13 @@ def decoded(held: Held, quality: str, *indices: int) -> Any:
 # The node's side of it
 
 
-def test_a_fetch_sends_what_is_behind_the_bytes_that_the_reader_has(node: NodeProcess, mine: Prompt) -> None:
+def test_a_fetch_sends_what_is_behind_the_bytes_that_the_reader_has(shared: NodeProcess, mine: Prompt) -> None:
     import grpc
 
     of = small_layout("held-bytes")
     stored = chunks(of, 3, 1, "high")
     hashes = [chunk.hash for chunk in stored]
-    with grpc.insecure_channel(node.address, options=CHANNEL_OPTIONS) as channel:
+    with grpc.insecure_channel(shared.address, options=CHANNEL_OPTIONS) as channel:
         stub = FramedStoreStub(channel)
         put(stub, of, stored)
         assert fetch(stub, of, hashes) == [chunk.blob for chunk in stored]

@@ -6,7 +6,7 @@ import asyncio
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -41,20 +41,6 @@ DEADLINE_S = 30.0  # of what is not about time
 SOON_S = 10.0  # far below DEADLINE_S, far above what a busy machine needs
 QUALITIES = [quality.label for quality in Quality]
 names = iter(range(1000))
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodeProcess]:
-    """One node for the tests that keep to a namespace of their own."""
-    node = NodeProcess(tmp_path_factory.mktemp("shared"), "--host-capacity", "256MiB")
-    yield node
-    node.kill()
-
-
-@pytest.fixture
-def client(shared: NodeProcess) -> Iterator[Client]:
-    with Client(shared.address, deadline=DEADLINE_S, strict=True, registry=CollectorRegistry()) as client:
-        yield client
 
 
 class Prompt:

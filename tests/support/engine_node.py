@@ -9,6 +9,7 @@ from typing import Any
 
 import kv_objects as kv
 from disk_places import Place, place_of, taken_bytes
+from fake_clock import FakeClock
 from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec
@@ -19,14 +20,6 @@ from kvstore.engine.stage import Stage
 from kvstore.tiers.disk_index import SLOT_BYTES
 
 ROOMY = 64 << 20
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def config(

@@ -136,6 +136,12 @@ def hang(context: Context) -> None:
         ended.wait(HANG_S_MAX)
 
 
+def never(request: Any, context: Context) -> pb.LookupResponse:
+    """A lookup that is not answered while the other side waits."""
+    hang(context)
+    return pb.LookupResponse()
+
+
 class HostileServer:
     """Listens at `address` until the `with` block ends. `calls` counts what was called."""
 

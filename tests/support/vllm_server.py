@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ ANSWER_S_MAX = 600.0
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    "VLLM_SERVER_DEV_MODE": "1",  # for reset()
 }  # fmt: skip
 
 
@@ -41,9 +43,9 @@ class Completion:
 
 
 class Server:
-    """SmolLM2 on the CPU. `start` returns at once, `wait_ready` when it serves; runs until `kill()`."""
+    """SmolLM2 on the CPU. Starts at once, serves after `wait_ready`, runs until `kill()`. `flags`: more of vLLM's."""
 
-    def __init__(self, log: Path, transfer: dict[str, Any] | None, dtype: str = DTYPE) -> None:
+    def __init__(self, log: Path, transfer: dict[str, Any] | None, *flags: str, dtype: str = DTYPE) -> None:
         (port,) = free_ports(1)
         self.url, self._log = f"http://127.0.0.1:{port}", log
         given = () if transfer is None else ("--kv-transfer-config", json.dumps(transfer))
@@ -53,7 +55,7 @@ class Server:
                     sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port),
                     "--model", str(model.model_folder(CACHE)), "--served-model-name", "smollm2", "--dtype", dtype,
                     "--max-model-len", "4096", "--enforce-eager", "--block-size", str(BLOCK_TOKENS),
-                    "--enable-prompt-tokens-details", *given,
+                    "--enable-prompt-tokens-details", *given, *flags,
                 ],
                 stdout=file, stderr=file, env={**os.environ, **ENVIRONMENT}, start_new_session=True,
             )  # fmt: skip
@@ -63,10 +65,31 @@ class Server:
             wait_until(self._is_ready, f"{self.url} serves", deadline_s=START_S_MAX)
         except AssertionError:
             self.kill()
-            raise AssertionError(f"the server did not start; its log:\n{self._log.read_text()[-4000:]}") from None
+            raise AssertionError(f"the server did not start; its log:\n{self.log()[-4000:]}") from None
 
     def complete(self, prompt: Sequence[int], max_tokens: int) -> Completion:
         return complete(self.url, prompt, max_tokens)
+
+    def reset(self) -> None:
+        """Forgets the engine's own prefix cache."""
+        asked = urllib.request.Request(f"{self.url}/reset_prefix_cache", method="POST")
+        with urllib.request.urlopen(asked, timeout=ANSWER_S_MAX):
+            pass
+
+    def metrics(self) -> dict[str, float]:
+        """`name{value,…}` without `model_name` and `engine` → value, of what is kvstore's."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=ANSWER_S_MAX) as response:
+            lines = response.read().decode().splitlines()
+        found = {}
+        for line in lines:
+            if line.startswith("vllm:kvstore_"):
+                name, labels, value = re.fullmatch(r"([\w:]+)\{(.*)\} (\S+)", line).groups()  # type: ignore[union-attr]
+                ours = [v for k, v in re.findall(r'(\w+)="([^"]*)"', labels) if k not in ("model_name", "engine")]
+                found[f"{name}{{{','.join(ours)}}}"] = float(value)
+        return found
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
 
     def kill(self) -> None:
         """With its engine's process."""
@@ -75,7 +98,7 @@ class Server:
         self._process.wait(ANSWER_S_MAX)
 
     def _is_ready(self) -> bool:
-        assert self._process.poll() is None, f"the server has ended; its log:\n{self._log.read_text()[-4000:]}"
+        assert self._process.poll() is None, f"the server has ended; its log:\n{self.log()[-4000:]}"
         return is_healthy(self.url)
 
 

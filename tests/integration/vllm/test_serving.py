@@ -11,10 +11,11 @@ import pytest
 from certificates import Authority
 from node_process import NodeProcess
 from polling import wait_until
+from redis_process import free_ports
 from smollm2 import CACHE, TEXT
 from transformers import AutoTokenizer
-from vllm_endpoint import VllmServer, free_port
 from vllm_engine import BLOCK_TOKENS, kv_transfer
+from vllm_server import Server
 
 from kvstore.demo import model
 
@@ -79,14 +80,15 @@ class Events:
 def test_metrics_and_events_of_a_server(tmp_path: Path, node: tuple[NodeProcess, dict[str, Any]]) -> None:
     tokens = AutoTokenizer.from_pretrained(model.model_folder(CACHE))(TEXT * 2).input_ids
     prompt, other = tokens[:PROMPT_TOKENS], tokens[PROMPT_TOKENS : PROMPT_TOKENS + 20]
-    events = Events(free_port())
+    events = Events(free_ports(1)[0])
     publisher = f'{{"enable_kv_cache_events": true, "publisher": "zmq", "endpoint": "tcp://*:{events.port}"}}'
     # Without the planner: what is counted is to be the same on every machine.
-    server = VllmServer(
+    server = Server(
         tmp_path / "server.log", kv_transfer(node[0].address, planner=False, lookup_s=10.0, **node[1]),
         "--kv-events-config", publisher,
     )  # fmt: skip
     try:
+        server.wait_ready()
         first = server.complete(prompt, 8)
 
         def saved() -> bool:
@@ -96,7 +98,7 @@ def test_metrics_and_events_of_a_server(tmp_path: Path, node: tuple[NodeProcess,
         wait_until(saved, "it is saved", deadline_s=120)
         server.reset()
         again = server.complete(prompt, 8)
-        assert again["choices"][0]["text"] == first["choices"][0]["text"]
+        assert again.tokens == first.tokens
         server.complete(other, 1)
         metrics = server.metrics()
         assert metrics["vllm:kvstore_lookups_total{hit}"] == 1
@@ -126,5 +128,5 @@ def test_metrics_and_events_of_a_server(tmp_path: Path, node: tuple[NodeProcess,
         own = {each for event in events.stored("GPU") for each in event["block_hashes"]}
         assert {each for event in stored for each in event["block_hashes"]} <= own
     finally:
-        server.stop()
+        server.kill()
         events.close()

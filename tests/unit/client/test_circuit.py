@@ -6,24 +6,18 @@ import random
 import threading
 
 import pytest
+from fake_clock import FakeClock
 
 from kvstore_client.circuit import FAILURES_MAX, PAUSE_S, PAUSE_S_MAX, Circuit
 
 
-class Clock:
-    now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def circuit(clock: Clock) -> Circuit:
+def circuit(clock: FakeClock) -> Circuit:
     return Circuit(clock, random.Random(1))
 
 
@@ -45,7 +39,7 @@ def test_only_failures_in_a_row_open_it(circuit: Circuit) -> None:
     assert not circuit.allow()
 
 
-def test_after_a_pause_one_call_may_try(circuit: Circuit, clock: Clock) -> None:
+def test_after_a_pause_one_call_may_try(circuit: Circuit, clock: FakeClock) -> None:
     open_it(circuit)
     clock.now_s += PAUSE_S
     assert [circuit.allow() for _ in range(5)] == [True, False, False, False, False]
@@ -54,7 +48,7 @@ def test_after_a_pause_one_call_may_try(circuit: Circuit, clock: Clock) -> None:
     assert [circuit.allow() for _ in range(5)] == [True] * 5
 
 
-def pauses(circuit: Circuit, clock: Clock, count: int) -> list[float]:
+def pauses(circuit: Circuit, clock: FakeClock, count: int) -> list[float]:
     """How long nothing is let through, before each of `count` tries that fail."""
     found = []
     for _ in range(count):
@@ -66,7 +60,7 @@ def pauses(circuit: Circuit, clock: Clock, count: int) -> list[float]:
     return found
 
 
-def test_pauses_double_up_to_a_limit_and_differ(clock: Clock) -> None:
+def test_pauses_double_up_to_a_limit_and_differ(clock: FakeClock) -> None:
     fleet = []
     for seed in range(20):
         circuit = Circuit(clock, random.Random(seed))
@@ -78,7 +72,7 @@ def test_pauses_double_up_to_a_limit_and_differ(clock: Clock) -> None:
         assert len({round(pause, 2) for pause in together}) > 10, "not all nodes come back at once"
 
 
-def test_a_success_starts_the_pauses_anew(circuit: Circuit, clock: Clock) -> None:
+def test_a_success_starts_the_pauses_anew(circuit: Circuit, clock: FakeClock) -> None:
     open_it(circuit)
     pauses(circuit, clock, 6)
     clock.now_s += PAUSE_S_MAX
@@ -88,14 +82,14 @@ def test_a_success_starts_the_pauses_anew(circuit: Circuit, clock: Clock) -> Non
     assert pauses(circuit, clock, 1)[0] <= PAUSE_S + 0.01
 
 
-def test_calls_from_before_it_opened_do_not_prolong_it(circuit: Circuit, clock: Clock) -> None:
+def test_calls_from_before_it_opened_do_not_prolong_it(circuit: Circuit, clock: FakeClock) -> None:
     open_it(circuit)
     for _ in range(50):
         assert not circuit.fail()
     assert pauses(circuit, clock, 1)[0] <= PAUSE_S + 0.01
 
 
-def test_a_try_that_never_ends_stands_in_the_way_for_one_pause(circuit: Circuit, clock: Clock) -> None:
+def test_a_try_that_never_ends_stands_in_the_way_for_one_pause(circuit: Circuit, clock: FakeClock) -> None:
     open_it(circuit)
     clock.now_s += PAUSE_S
     assert circuit.allow()
@@ -104,7 +98,7 @@ def test_a_try_that_never_ends_stands_in_the_way_for_one_pause(circuit: Circuit,
     assert circuit.allow()
 
 
-def test_many_threads_get_one_try(circuit: Circuit, clock: Clock) -> None:
+def test_many_threads_get_one_try(circuit: Circuit, clock: FakeClock) -> None:
     open_it(circuit)
     clock.now_s += PAUSE_S
     start = threading.Barrier(16)

@@ -5,17 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from fake_clock import FakeClock
 
 from kvstore_client import InvalidArgument
 from kvstore_client.deadline import SECONDS_MAX, Deadline, checked_seconds
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now_s = 50.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def test_what_is_left_and_what_an_attempt_may_take() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import kv_objects as kv
 import pytest
-from engine_node import FakeClock, config, filled, found, opened, outcomes, put, read, tiers_of
+from engine_node import config, filled, found, opened, outcomes, put, read, tiers_of
+from fake_clock import FakeClock
 from tier_objects import LAYOUT, key_of
 
 import kvstore_codec as codec

@@ -7,7 +7,6 @@ from pathlib import Path
 import kv_objects as kv
 import pytest
 from engine_node import (
-    FakeClock,
     config,
     found,
     opened,
@@ -16,6 +15,7 @@ from engine_node import (
     read,
     tiers_of,
 )
+from fake_clock import FakeClock
 from tier_objects import LAYOUT
 
 from kvstore.engine.model import Offer

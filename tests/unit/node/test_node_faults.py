@@ -15,7 +15,6 @@ import kv_objects as kv
 import pytest
 from disk_places import Place
 from engine_node import (
-    FakeClock,
     check_books,
     config,
     filled,
@@ -27,6 +26,7 @@ from engine_node import (
     read,
     tiers_of,
 )  # fmt: skip
+from fake_clock import FakeClock
 from tier_objects import LAYOUT
 
 from kvstore.engine.node import Node

@@ -17,7 +17,6 @@ import hypothesis.strategies as st
 import kv_objects as kv
 import pytest
 from engine_node import (
-    FakeClock,
     check_books,
     config,
     filled,
@@ -26,6 +25,7 @@ from engine_node import (
     put,
     read,
 )
+from fake_clock import FakeClock
 from hypothesis import given, settings
 from tier_objects import LAYOUT, key_of
 

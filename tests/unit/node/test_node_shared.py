@@ -11,7 +11,8 @@ from typing import Any
 
 import kv_objects as kv
 import pytest
-from engine_node import FakeClock, config, found, opened, outcomes, put, read, tiers_of
+from engine_node import config, found, opened, outcomes, put, read, tiers_of
+from fake_clock import FakeClock
 from redis_process import RedisProcess
 from redis_tiers import redis_tier
 from tier_objects import LAYOUT, key_of

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import kv_objects as kv
 import pytest
-from engine_node import ROOMY, FakeClock, config, opened, put, tiers_of
+from engine_node import ROOMY, config, opened, put, tiers_of
+from fake_clock import FakeClock
 from prometheus_client import CollectorRegistry
 from tier_objects import LAYOUT, key_of
 

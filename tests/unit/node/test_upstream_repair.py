@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import kv_objects as kv
@@ -15,8 +16,8 @@ from prometheus_client import CollectorRegistry
 from tier_objects import LAYOUT, key_of
 
 from kvstore.engine import owed as owed_module
-from kvstore.engine import upstream_repair, upstream_writes
-from kvstore.engine.outside import PutObject
+from kvstore.engine import owed_file, upstream_repair, upstream_writes
+from kvstore.engine.outside import PutObject, Sent
 from kvstore.engine.owed import WHOLE_NAMESPACE, Owed, OwedDelete, OwedObject
 from kvstore.engine.owed_file import OwedFile, OwedJournal
 from kvstore.engine.upstream import Upstream
@@ -169,6 +170,28 @@ async def test_what_is_remembered_is_bounded_and_one_node_leaves_the_others_thei
         assert list(peers[0].blobs) == [chunk.hash for chunk in HIGH[:5]], "the first of a prompt: the rest needs them"
 
 
+async def test_repairing_pauses_as_long_as_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_repair, "BATCH_OBJECTS", 1)
+    loop, worked = asyncio.get_running_loop(), []
+
+    class Slow(MemoryPeer):
+        async def put(self, objects: Sequence[PutObject]) -> list[Sent]:
+            began_s = loop.time()
+            await asyncio.sleep(0.02)
+            outcomes = await super().put(objects)
+            worked.append((began_s, loop.time()))
+            return outcomes
+
+    peer = Slow("a:1", state="open")
+    async with started(Node(OTHER), peer) as (place, _):
+        await put_all(place, OTHER)
+        peer.state = "closed"
+        await until(lambda: not place.owed_objects)
+    pauses = [(after[0] - before[1], before[1] - before[0]) for before, after in pairwise(worked)]
+    assert len(pauses) == len(OTHER) - 1
+    assert all(pause_s > 0.9 * work_s for pause_s, work_s in pauses)  # but for what a clock can tell
+
+
 # Deletes.
 
 
@@ -194,6 +217,34 @@ async def test_a_node_that_missed_a_delete_is_told_before_it_is_asked_for_anythi
         assert await read(place) == 5
         assert told(metrics)["upstream_deletes.told"] == 15
         await until(lambda: OTHER[0].hash in peer.blobs or not place.owed_objects)
+
+
+async def test_what_is_owed_is_not_even_read_for_a_node_that_is_to_be_told_of_deletes() -> None:
+    peer, node = MemoryPeer("a:1", state="open"), Node(HIGH)
+    async with started(node, peer) as (place, _):
+        await put_all(place)
+        await place.delete([key_of(OTHER[0])])
+        peer.held_up, peer.state = asyncio.Event(), "closed"
+        await until(lambda: calls(peer)["delete"] == 1)
+        await asyncio.sleep(0.05)  # many of its looks
+        assert node.reads == 0
+        peer.held_up.set()
+        await until(lambda: not place.owed_objects)
+
+
+async def test_a_delete_waits_for_what_is_on_its_way() -> None:
+    """Else that would arrive behind it."""
+    peer = MemoryPeer("a:1", held_up=asyncio.Event())
+    async with started(Node(), peer) as (place, _):
+        place.write(put_object(0))
+        await until(lambda: calls(peer)["put"] == 1)
+        deleting = asyncio.ensure_future(place.delete(KEYS[:1]))
+        await settle()
+        assert not calls(peer)["delete"]
+        assert peer.held_up is not None
+        peer.held_up.set()
+        await deleting
+        assert peer.blobs == {}
 
 
 async def test_what_is_put_again_after_a_delete_stays() -> None:
@@ -290,6 +341,31 @@ async def test_what_is_owed_outlives_the_process(tmp_path: Path) -> None:
     file.close()
 
 
+async def test_deletes_that_were_told_are_forgotten_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told again after a restart, they would delete what has been put since."""
+    monkeypatch.setattr(owed_file, "SAVE_S", 1000.0)
+    peer, owed, file = holding(), Owed(["a:1"]), OwedFile(tmp_path / "upstream.sqlite")
+    peer.state = "open"
+    journal = OwedJournal(file, saved_later)
+    owed.changed = journal.note
+    async with started(Node(), peer, journal=journal, owed=owed) as (place, _):
+        await place.delete(KEYS[:2])
+        assert len(file.load()) == 2
+        peer.state = "closed"
+        await until(lambda: not place.owed_deletes)
+        assert file.load() == []
+
+
+async def test_what_is_owed_anew_has_its_place_behind_the_others(tmp_path: Path) -> None:
+    file = OwedFile(tmp_path / "upstream.sqlite")
+    journal, objects = OwedJournal(file, saved_later), [OwedObject(key, HIGH[0].hash) for key in KEYS[:2]]
+    for each, owed in ((objects[0], True), (objects[1], True), (objects[0], False), (objects[0], True)):
+        journal.note(each, owed)
+    journal.save()
+    assert file.load() == [objects[1], objects[0]]
+    file.close()
+
+
 async def test_what_other_nodes_were_owed_is_forgotten_and_homes_are_found_anew(tmp_path: Path) -> None:
     file = OwedFile(tmp_path / "upstream.sqlite")
     objects = [OwedObject(key, HIGH[0].hash) for key in KEYS]
@@ -332,6 +408,14 @@ def test_a_namespace_stands_for_its_chunks() -> None:
     assert owed.deletes == 2
     assert owed.owe(delete_of(5)._replace(part=2))
     assert owed.deletes == 2
+
+
+def test_what_is_settled_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owed_module, "OBJECTS_MAX", 2)
+    owed, objects = Owed(["a:1"]), [OwedObject(key, HIGH[0].hash) for key in KEYS[:3]]
+    assert [owed.owe(each) for each in objects] == [True, True, False]
+    owed.settle(KEYS[0])
+    assert owed.owe(objects[2])
 
 
 def test_books_are_kept() -> None:

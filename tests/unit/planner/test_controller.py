@@ -145,6 +145,31 @@ def test_what_is_refined_is_asked_for_in_the_time_that_is_left_alone() -> None:
     assert control.refine(0.57) is None
 
 
+def test_what_began_coarsely_goes_on_so_in_one_stream() -> None:
+    """Also where so little is left that the finest would do."""
+    control = controller(0.6, 10.0, 5e7)
+    step = control.step(0.0)
+    assert step is not None
+    assert step.quality is LOW
+    assert all(control.arrived(MBYTE, 0.02, 0.02 * (at + 1)) for at in range(CHUNKS - 1))
+
+
+def test_refining_leaves_the_time_that_the_rest_takes_to_compute_and_tells_of_the_link() -> None:
+    control = controller(1.0, 1.6, 1e8)  # each chunk takes 0.1 s to compute
+    step = control.step(0.0)
+    assert step is not None
+    assert step.quality is LOW
+    for at in range(12):
+        control.arrived(MBYTE, 0.01, 0.01 * (at + 1))
+    refine = control.refine(0.12)
+    assert refine is not None
+    assert 0.5 < refine.until_s < 0.6
+    before = control.plan(0.12).speeds.bytes_per_s
+    for at in range(12):
+        control.refined(at, refine.quality, MBYTE, 0.1, 0.12 + 0.1 * (at + 1))
+    assert control.plan(1.32).speeds.bytes_per_s < before / 2
+
+
 def test_a_link_that_dies_costs_little_more_than_recomputing() -> None:
     of = task(0.5, 4.0)
     control = Controller(of, peer(1e8), DecodeEstimates(1), 0.0)

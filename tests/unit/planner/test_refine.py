@@ -22,7 +22,7 @@ def refined(held: list[Quality], until_s: float, *, now: float = 1.0, decode: fl
 @pytest.mark.parametrize(
     ("until_s", "expected"),
     [
-        (1.5, None),  # the first chunk to medium takes until 1.6
+        (1.55, None),  # the first chunk to medium takes until 1.6, latency included
         (1.65, (1, MEDIUM)),
         (2.65, (3, MEDIUM)),
         (3.15, (4, MEDIUM)),

@@ -6,11 +6,13 @@ finished. Every job ends within `deadline_s` of its submission, so rows are neve
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+from kvstore_client.circuit import Circuit
 from kvstore_client.client import Namespace
 from kvstore_client.deadline import Deadline
 from kvstore_client.engine_hashes import EngineHashes
@@ -23,8 +25,9 @@ from kvstore_codec import Quality
 
 LOADS_MAX = 4  # at a time
 LEASE_MS = 10_000
-#: After a lookup that nobody answered the next ones are misses for so long: each would delay its request as much.
-PAUSE_S = 2.0
+#: One lookup that nobody answered is enough for a pause: vLLM asks in one thread, so all behind it wait as well.
+FAILURES_MAX = 1
+PAUSE_S_MAX = 2.0
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,11 @@ class Transfers:
         self._jobs: dict[int, tuple[Job, Future[Ended]]] = {}
         self._load_threads = ThreadPoolExecutor(LOADS_MAX, "kvstore-tier-load")
         self._store_thread = ThreadPoolExecutor(1, "kvstore-tier-store")  # one: a chunk goes before what follows it
-        self._paused_until = 0.0
+        self._circuit = Circuit(time.monotonic, random.Random(), FAILURES_MAX, PAUSE_S_MAX)
 
     def lookup(self, chain: Chain, numbers: Sequence[int]) -> list[bool]:
         """Whether the node holds each of these chunks, well enough. One that is away holds none."""
-        if time.monotonic() < self._paused_until:
+        if not self._circuit.allow():
             self._counts.add("lookup", "paused", len(numbers))
             return [False] * len(numbers)
         limit = Deadline(self._config.lookup_s)
@@ -83,8 +86,10 @@ class Transfers:
                 held = len(good_enough(hit.chunks, self._quality))
             found += [True] * held + [False] * (len(asked) - held)
         if limit.remaining() <= 0 and not any(found):
-            self._paused_until = time.monotonic() + PAUSE_S
-            self._counts.log.warn("lookup", "silent", f"no answer in {self._config.lookup_s} s: misses for {PAUSE_S} s")
+            self._circuit.fail()
+            self._counts.log.warn("lookup", "silent", f"no answer in {self._config.lookup_s} s: misses for a while")
+        else:
+            self._circuit.succeed()
         self._counts.add("lookup", "hit", sum(found))
         self._counts.add("lookup", "miss", len(found) - sum(found))
         return found
