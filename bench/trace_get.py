@@ -197,7 +197,7 @@ async def measure(way: Way, address: str, kv: Any, rounds: int) -> Result:
             await cache.put(range(tokens), kv, quality="high")
             connections = Connections([target], way.transport)
             node = connections.node(target)
-            planner = cache._gets._planner = TracedPlanner(cache._session, layout)
+            planner = cache.gets._planner = TracedPlanner(cache._session, layout)
             expected, out = (await cache.get(range(tokens))).kv, codec.empty(layout, tokens)
             for number in range(-1, rounds):  # the first warms up
                 took, chunks = await look_up(cache, tokens)

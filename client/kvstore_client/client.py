@@ -1,4 +1,5 @@
-"""The synchronous client: the asynchronous one, run on an event loop in the background.
+"""The synchronous client: the asynchronous one, run on an event loop in the background. A get that needs nothing of the
+loop goes without it.
 
 All synchronous clients of a process share one loop thread; their methods may be called from any thread, also from
 inside a running event loop (which they then block). After a fork() that follows the first use, calls in the child raise
@@ -130,12 +131,14 @@ class Namespace:
         deadline: float | None = None,
     ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
-        restored = _run(
-            self._async.get(
-                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
-                prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
-            )
+        gets, loop = self._async.gets, _loop()
+        call = gets.called(
+            token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
+            prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
         )  # fmt: skip
+        restored = gets.get_directly(call, loop)
+        if restored is None:
+            restored = _run(gets.get(call))
         return Restored(restored.kv, restored.n, Refinement(restored.refinement) if refine else None)
 
     def plan(

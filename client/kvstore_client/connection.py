@@ -126,6 +126,10 @@ class Connections:
             self._nodes[seed] = Node(seed, partial(self._connect, seed))
         return self._nodes[seed]
 
+    def best(self, key: bytes) -> Node | None:
+        """The first of `ranked`, unless no call has gone there yet. Any thread may ask."""
+        return self._nodes.get(next(iter(rank(self._seeds, key))))
+
     def _connect(self, seed: str) -> _Connection:
         channel = self._channel(seed)
         bulk = BulkPath(

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import kvstore_codec as codec
-from kvstore_client.arguments import LEASE_MS_MAX
-from kvstore_client.bulk_getting import Asked, Got, Tools, bulk_get
-from kvstore_client.connection import Node
+from kvstore_client.arguments import LEASE_MS_MAX, check_first_token, qualities
+from kvstore_client.bulk_getting import bulk_get, direct_get
+from kvstore_client.connection import Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline
 from kvstore_client.deleting import LostChunks
-from kvstore_client.errors import KvClientError, ProfileMissing
+from kvstore_client.errors import InvalidArgument, KvClientError, ProfileMissing
 from kvstore_client.fetching import Fetched, ProfileSource, fetch
+from kvstore_client.kv_views import sliceable
 from kvstore_client.lookups import good_enough, lookup
 from kvstore_client.metrics import ABSENT, QUALITY, SLOWER
 from kvstore_client.namespace_profiles import NamespaceProfiles
+from kvstore_client.namespace_puts import TokenIds
 from kvstore_client.pace import RefinePace, Timing
-from kvstore_client.planned import Goal, NamespacePlanner
+from kvstore_client.planned import Goal, NamespacePlanner, checked_goal
+from kvstore_client.planner.costs import PrefillSeconds
 from kvstore_client.planner.refine import Refine
+from kvstore_client.receiving import Asked, Got, Tools
 from kvstore_client.refining import AsyncRefinement
-from kvstore_client.results import Hit
+from kvstore_client.results import Hit, Restored
 from kvstore_client.session import Session
 from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Quality
@@ -31,56 +37,158 @@ from kvstore_proto.v1.framing import HASHES_MAX
 LEASE_MARGIN_MS = 1_000
 
 
+class GetCall(NamedTuple):
+    """A get: of which chunks (those of `prompt` from `first_token` on that `out` has room for), how, by when.
+    `tokens`: how many were asked for."""
+
+    prompt: Sequence[ChunkRef]
+    refs: Sequence[ChunkRef]
+    tokens: int
+    first_token: int
+    quality: Quality
+    min_quality: Quality
+    out: KVArray | None
+    limit: Deadline
+    goal: Goal | None
+    refine: bool
+
+    @property
+    def first_chunk(self) -> bytes:
+        """Hash of the prompt's first chunk, where it is not among `refs`."""
+        return self.prompt[0].hash if self.first_token and self.prompt else b""
+
+
 class Gets:
+    """`refs_of`: all chunks of some tokens; `key_of`: where a prompt lives."""
+
     def __init__(
-        self, session: Session, layout: KVLayout, part: int, planner: NamespacePlanner, profiles: NamespaceProfiles,
+        self, session: Session, layout: KVLayout, part: int, refs_of: Callable[[TokenIds], list[ChunkRef]],
+        key_of: Callable[[Sequence[ChunkRef]], bytes], planner: NamespacePlanner, profiles: NamespaceProfiles,
         lost: LostChunks,
     ) -> None:  # fmt: skip
         self._session, self._layout, self._part = session, layout, part
+        self._part_layout = layout.part_layout(part)
+        self._refs_of, self._key_of = refs_of, key_of
         self._planner, self._profiles, self._lost = planner, profiles, lost
 
-    async def get(
-        self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
-        limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None, first_chunk: bytes = b"",
-    ) -> tuple[KVArray, int]:  # fmt: skip
-        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable.
-        `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`.
+    def called(
+        self, token_ids: TokenIds, *, quality: str | Quality | None, min_quality: str | Quality, out: KVArray | None,
+        first_token: int, ttft: float | None, prefill_tokens_per_s: float | PrefillSeconds | None, refine: bool,
+        deadline: float | None,
+    ) -> GetCall:  # fmt: skip
+        """A get that is called now. Raises LayoutError (shape, dtype), InvalidArgument, ClientClosed."""
+        limit = self._session.begin(deadline)
+        goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
+        wanted, floor = qualities(quality, min_quality)
+        check_first_token(self._layout, first_token)
+        if refine and first_token:
+            raise InvalidArgument("a get that is refined starts at the first token", first_token=first_token)
+        prompt = self._refs_of(token_ids)
+        refs = prompt[first_token // self._layout.chunk_tokens :]
+        tokens = refs[-1].first_token + refs[-1].tokens - first_token if refs else 0
+        if out is not None:
+            out = sliceable(out, self._part_layout)
+            room = codec.token_count(out, self._part_layout)
+            refs = [ref for ref in refs if ref.first_token + ref.tokens - first_token <= room]
+        return GetCall(prompt, refs, tokens, first_token, wanted, floor, out, limit, goal, refine)
+
+    async def get(self, call: GetCall) -> Restored[AsyncRefinement]:
+        """See AsyncNamespace.get.
 
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
-        lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
-        asked = Asked(self._layout, self._part, refs, wanted, floor, lease_ms, out, first_chunk)
+        refinement = AsyncRefinement(self._session, self._part_layout) if call.refine else None
+        with self._session.timed("get"):
+            into, tokens = await self._get(call, refinement) if call.refs else (self._asked(call).room(()), 0)
+        return self._restored(call, into, tokens, refinement)
 
-        async def ask(node: Node, timeout_s: float) -> Got | Hit:
-            found_by = Deadline(timeout_s)
-            if goal is None and refinement is None and len(refs) <= HASHES_MAX:
-                tools = Tools(self._session.executor, self._planner.timing(node), self._profile_of(node, limit))
+    def get_directly(self, call: GetCall, loop: asyncio.AbstractEventLoop) -> Restored[AsyncRefinement] | None:
+        """`get` in the calling thread, over a connection that lies ready; `loop` is the client's. None where there is
+        none, where there is more to it than one request, or where it is worth asking again: then `get` is to follow."""
+        if call.goal is not None or call.refine or not 0 < len(call.refs) <= HASHES_MAX:
+            return None
+        connections, began = self._session.connections, time.perf_counter()
+        node = connections.best(self._key_of(call.prompt))
+        if node is None:
+            return None
+        asked = self._asked(call)
+        try:
+            found_by = Deadline(timeout_s(call.limit, len(connections.seeds)))
+            got = direct_get(node, asked, self._tools(node, call.limit, loop), found_by, call.limit)
+        except KvClientError as error:
+            if worth_another_node(error):
+                return None
+            self._session.metrics.failures.labels("get", error.code.value).inc()
+            got, tokens = None, self._missed(error)
+        else:
+            if got is None:
+                return None
+            tokens = self._came(got, call)
+        connections.answered(node)
+        self._session.metrics.seconds.labels("get").observe(time.perf_counter() - began)
+        return self._restored(call, asked.room(()) if got is None else got.into, tokens, None)
+
+    async def _get(self, call: GetCall, refinement: AsyncRefinement | None) -> tuple[KVArray, int]:
+        asked, limit = self._asked(call), call.limit
+
+        async def ask(node: Node, seconds: float) -> Got | Hit:
+            found_by = Deadline(seconds)
+            if call.goal is None and refinement is None and len(call.refs) <= HASHES_MAX:
+                tools = self._tools(node, limit, asyncio.get_running_loop())
                 if (got := await bulk_get(node, asked, tools, found_by, limit)) is not None:
                     return got
             return await timed_lookup(
-                self._session, node, self._layout, self._part, refs, lease_ms, found_by.remaining(), first_chunk
+                self._session, node, self._layout, self._part, call.refs, asked.lease_ms, found_by.remaining(),
+                asked.first_chunk,
             )  # fmt: skip
 
         try:
-            node, answer = await self._session.attempt("get", key, limit, ask)
+            node, answer = await self._session.attempt("get", self._key_of(call.prompt), limit, ask)
         except KvClientError as error:
-            self._session.forgive("get", error)
-            self._session.count_miss(error.code.value)
-            return codec.token_slice(asked.room(()), 0, 0), 0
+            return asked.room(()), self._missed(error)
         got = answer if isinstance(answer, Got) else await self._fetched(
-            node, answer, asked, limit, goal, refinement
+            node, answer, asked, limit, call.goal, refinement
         )  # fmt: skip
+        tokens = self._came(got, call)
+        if refinement is not None and isinstance(answer, Hit):
+            refinement.go_on(node, got.fetched.chunks, answer.lease, got.into, limit.seconds)
+        return got.into, tokens
+
+    def _asked(self, call: GetCall) -> Asked:
+        lease_ms = min(int(call.limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
+        return Asked(
+            self._layout, self._part, call.refs, call.quality, call.min_quality, lease_ms, call.out, call.first_chunk
+        )  # fmt: skip
+
+    def _tools(self, node: Node, limit: Deadline, loop: asyncio.AbstractEventLoop) -> Tools:
+        session = self._session
+        return Tools(
+            session.executor, session.threads, self._planner.timing(node), self._profile_of(node, limit), loop
+        )  # fmt: skip
+
+    def _missed(self, error: KvClientError) -> int:
+        """No tokens, for this reason; raised where the client is strict."""
+        self._session.forgive("get", error)
+        self._session.count_miss(error.code.value)
+        return 0
+
+    def _came(self, got: Got, call: GetCall) -> int:
+        """The tokens that are there. Counts what is not, and raises it where the client is strict."""
         problem = got.fetched.error
         if problem is not None:
             if isinstance(problem, ProfileMissing):
                 self._lost.add(got.chunks[got.fetched.chunks :])
             self._session.metrics.failures.labels("get", problem.code.value).inc()
             self._session.forgive("get", problem)
-        if got.fetched.chunks < len(refs):
-            self._session.count_miss(_reason(got, planned=goal is not None))
-        if refinement is not None and isinstance(answer, Hit):
-            refinement.go_on(node, got.fetched.chunks, answer.lease, got.into, limit.seconds)
-        tokens = sum(chunk.tokens for chunk in got.chunks[: got.fetched.chunks])
-        return codec.token_slice(got.into, 0, tokens), tokens
+        if got.fetched.chunks < len(call.refs):
+            self._session.count_miss(_reason(got, planned=call.goal is not None))
+        return sum(chunk.tokens for chunk in got.chunks[: got.fetched.chunks])
+
+    def _restored(
+        self, call: GetCall, into: KVArray, tokens: int, refinement: AsyncRefinement | None
+    ) -> Restored[AsyncRefinement]:
+        self._session.metrics.tokens_hit.inc(tokens)
+        self._session.metrics.tokens_missed.inc(call.tokens - tokens)
+        return Restored(codec.token_slice(into, 0, tokens), tokens, refinement)
 
     async def _fetched(
         self, node: Node, hit: Hit, asked: Asked, limit: Deadline, goal: Goal | None,

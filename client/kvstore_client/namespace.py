@@ -18,7 +18,6 @@ from kvstore_client.engine_hashes import EngineHashes
 from kvstore_client.errors import InvalidArgument, KvClientError
 from kvstore_client.following import StreamAsked
 from kvstore_client.getting import Gets, timed_lookup
-from kvstore_client.kv_views import sliceable
 from kvstore_client.leasing import kept_alive, renew
 from kvstore_client.lookups import good_enough, prefetch
 from kvstore_client.metrics import ABSENT
@@ -56,7 +55,9 @@ class AsyncNamespace:
         self._lost = LostChunks(layout, part)
         self.puts = NamespacePuts(session, layout, part, self._refs, self._placement_key, self._profiles, self._lost)
         self._planner = NamespacePlanner(session, self._part_layout)
-        self._gets = Gets(session, layout, part, self._planner, self._profiles, self._lost)
+        self.gets = Gets(
+            session, layout, part, self._refs, self._placement_key, self._planner, self._profiles, self._lost
+        )  # fmt: skip
 
     async def lookup(
         self, token_ids: TokenIds, *, first_token: int = 0, lease_ms: int = LEASE_MS, deadline: float | None = None
@@ -130,31 +131,12 @@ class AsyncNamespace:
 
         Nothing else writes to `out` after this returns or is cancelled.
         """
-        limit = self._session.begin(deadline)
-        goal = checked_goal(ttft, prefill_tokens_per_s, len(token_ids))  # type: ignore[arg-type]
-        wanted, floor = qualities(quality, min_quality)
-        check_first_token(self.layout, first_token)
-        if refine and first_token:
-            raise InvalidArgument("a get that is refined starts at the first token", first_token=first_token)
-        prompt = self._refs(token_ids)
-        refs = prompt[first_token // self.layout.chunk_tokens :]
-        tokens_asked = refs[-1].first_token + refs[-1].tokens - first_token if refs else 0
-        if out is not None:
-            out = sliceable(out, self._part_layout)
-            room = codec.token_count(out, self._part_layout)
-            refs = [ref for ref in refs if ref.first_token + ref.tokens - first_token <= room]
-        refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
-        with self._session.timed("get"):
-            if refs:
-                kv, tokens = await self._gets.get(
-                    refs, self._placement_key(prompt), wanted, floor, out, limit, goal, refinement,
-                    prompt[0].hash if first_token else b"",
-                )  # fmt: skip
-            else:
-                kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
-        self._session.metrics.tokens_hit.inc(tokens)
-        self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
-        return Restored(kv, tokens, refinement)
+        return await self.gets.get(
+            self.gets.called(
+                token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
+                prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
+            )
+        )  # fmt: skip
 
     async def prefetch(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None

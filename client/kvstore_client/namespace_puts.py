@@ -146,7 +146,14 @@ class NamespacePuts:
             unsettled = [chunk for chunk in chunks if chunk.ref.hash not in answered]
             for batch in batches(source, unsettled):
                 done = await put(
-                    node, source, batch, executor, limit, session.metrics.bytes_sent.inc, session.put_buffers
+                    node,
+                    source,
+                    batch,
+                    executor,
+                    session.threads,
+                    limit,
+                    session.metrics.bytes_sent.inc,
+                    session.put_buffers,
                 )
                 answered |= {each.ref.hash: replace(each, durable=each.durable and on_disk) for each in done}
             if not source.quality.exact:

@@ -68,7 +68,7 @@ class ProfileTransfer:
         for first in range(0, len(chunks), _STREAM_CHUNKS):
             some = chunks[first : first + _STREAM_CHUNKS]
             stored += await put(
-                node, source, some, self.executor, deadline, self.metrics.bytes_sent.inc, Buffers(0)
+                node, source, some, self.executor, 1, deadline, self.metrics.bytes_sent.inc, Buffers(0)
             )  # fmt: skip
         self.metrics.profiles.labels("stored").inc(all(chunk.outcome != "rejected" for chunk in stored))
         return stored

@@ -72,11 +72,11 @@ def batches(source: Source, chunks: Sequence[Chunk]) -> Iterator[Sequence[Chunk]
 
 
 async def put(
-    node: Node, source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline,
+    node: Node, source: Source, chunks: Sequence[Chunk], executor: Executor, threads: int, deadline: Deadline,
     count_sent: Callable[[int], None], buffers: Buffers,
 ) -> list[Stored]:  # fmt: skip
-    """One put stream; objects are made in `buffers`. Raises the typed error of a failed call, ProtocolViolation,
-    codec.ValuesError."""
+    """One put stream; objects are made in `buffers`, by so many threads of `executor`. Raises the typed error of a
+    failed call, ProtocolViolation, codec.ValuesError."""
     taken: list[npt.NDArray[np.uint8]] = []
 
     def allocate(size: int) -> memoryview:
@@ -84,7 +84,7 @@ async def put(
         taken.append(buffer)
         return view
 
-    blobs = await _encode(source, chunks, executor, deadline, allocate)
+    blobs = await _encode(source, chunks, executor, threads, deadline, allocate)
     stored = await put_encoded(node, source, chunks, blobs, deadline, count_sent)
     # Not after a failure: a thread may still be sending from them.
     for buffer in taken:
@@ -119,31 +119,37 @@ async def put_encoded(
 
 
 async def _encode(
-    source: Source, chunks: Sequence[Chunk], executor: Executor, deadline: Deadline,
+    source: Source, chunks: Sequence[Chunk], executor: Executor, threads: int, deadline: Deadline,
     allocate: Callable[[int], memoryview],
 ) -> list[memoryview | None]:  # fmt: skip
     """One object a chunk; None for what the node holds. Raises DeadlineExceeded, with no encoder left running."""
     coder = DeadlineCoder(deadline)
+    blobs: list[memoryview | None] = [None] * len(chunks)
+    lacking = [(at, chunk.ref) for at, chunk in enumerate(chunks) if not chunk.held_bytes]
+    work = iter(lacking)
 
-    def encode(ref: ChunkRef) -> memoryview:
-        coder.check()
-        first = ref.first_token - source.first_token
-        return codec.encode(
-            codec.token_slice(source.kv, first, first + ref.tokens), source.layout, quality=source.quality,
-            first_position=ref.first_token, chunk_hash=ref.hash, part=source.part, provenance=source.provenance,
-            profile=source.profile, coder=coder, allocate=allocate,
-        )  # fmt: skip
+    def encode() -> None:
+        for at, ref in work:  # each thread takes the next one: a task for each would cost more than a small object
+            coder.check()
+            first = ref.first_token - source.first_token
+            blobs[at] = codec.encode(
+                codec.token_slice(source.kv, first, first + ref.tokens), source.layout, quality=source.quality,
+                first_position=ref.first_token, chunk_hash=ref.hash, part=source.part, provenance=source.provenance,
+                profile=source.profile, coder=coder, allocate=allocate,
+            )  # fmt: skip
 
-    encodes = [None if chunk.held_bytes else executor.submit(encode, chunk.ref) for chunk in chunks]
-    running = [future for future in encodes if future is not None]
+    encoders = [executor.submit(encode) for _ in range(min(threads, len(lacking)))]
     try:
-        await settle(running, deadline.remaining())
+        await settle(encoders, deadline.remaining())
     finally:
         coder.stop()  # where the caller has gone away
-        await call_off(running)  # those that had no turn, behind other calls'
-    if any(future.cancelled() for future in running):
+        await call_off(encoders)  # those that had no turn, behind other calls'
+    for encoder in encoders:
+        if not encoder.cancelled():
+            encoder.result()
+    if any(blobs[at] is None for at, _ in lacking):
         raise DeadlineExceeded("the call's deadline passed while coding", seconds=deadline.seconds)
-    return [future.result() if future is not None else None for future in encodes]
+    return blobs
 
 
 def result_of(before: int | None, stored: Sequence[Stored]) -> PutResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -54,28 +55,30 @@ class Session:
         self.refining: set[asyncio.Task[None]] = set()  # better values of gets that are on their way
         self._deadline_s = checked_seconds(deadline_s)
         self._log = OncePerReason()
-        self._threads = threads or min(THREADS_MAX, os.cpu_count() or 1)
+        self.threads = threads or min(THREADS_MAX, os.cpu_count() or 1)  # that decode
+        self._making = threading.Lock()
         self._executor: ThreadPoolExecutor | None = None
         self._background_executor: ThreadPoolExecutor | None = None
         self._closed = False
 
     @property
     def executor(self) -> ThreadPoolExecutor:
-        """Threads that encode and decode; made when first used."""
-        if self._executor is None:
-            self._executor = ThreadPoolExecutor(self._threads, "kvstore-client")
-        return self._executor
+        """Threads that encode and decode; made when first used, in any thread."""
+        with self._making:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(self.threads, "kvstore-client")
+            return self._executor
 
     @property
     def background_executor(self) -> ThreadPoolExecutor:
         """Threads that encode what is put in the background: a get's decoding does not queue up behind that."""
         if self._background_executor is None:
-            self._background_executor = ThreadPoolExecutor(self._threads, "kvstore-background")
+            self._background_executor = ThreadPoolExecutor(self.threads, "kvstore-background")
         return self._background_executor
 
     def decode_estimates(self) -> DecodeEstimates:
         """For one namespace."""
-        return DecodeEstimates(self._threads)
+        return DecodeEstimates(self.threads)
 
     def begin(self, deadline_s: float | None, *, at_least_s: float = 0.0) -> Deadline:
         """The deadline of a call that starts now; `at_least_s`: where the call names none. Raises ClientClosed,

@@ -9,7 +9,7 @@ import kvstore_codec as codec
 from kvstore.engine.holdings import Holdings
 from kvstore.engine.model import Offer, Outcome, Result
 from kvstore.engine.outside import Outside, PutObject
-from kvstore.engine.stage import Stage, Staged, bytes_of
+from kvstore.engine.stage import Checked, Stage, Staged, bytes_of
 from kvstore.index.entry import Described, ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.host import Reserved
@@ -74,7 +74,14 @@ class Commit:
         # it takes the object out of a box.
         box = [data]
         try:
-            header = await self._holdings.in_thread(lambda: _checked(box.pop(), self._stage, offer))
+            checked = self._stage.checked(index)
+            if checked is None:
+                checked = await self._holdings.in_thread(lambda: check(box.pop(), self._stage, offer))
+            else:
+                await asyncio.sleep(0)  # others have their turn between any two objects
+            if isinstance(checked, codec.ObjectError):
+                raise checked
+            header = checked
             self._remember(self._stage.layout)
             settled = await self._store(key, Described.of(header, offer.parent), staged)
         except codec.ObjectError as error:
@@ -130,8 +137,16 @@ class Commit:
         return entry is not None and entry.layers_in("disk") == entry.layers
 
 
-def _checked(data: memoryview, stage: Stage, offer: Offer) -> ObjectHeader:
-    """The header of an object that is all it was offered as. Raises codec.ObjectError."""
+def check(data: memoryview, stage: Stage, offer: Offer) -> Checked:
+    """Whether an object is all it was offered as. Any thread may ask."""
+    try:
+        return _header_of(data, stage, offer)
+    except codec.ObjectError as error:
+        return error.with_traceback(None)  # its frames see the object, and memory that somebody sees is not free
+
+
+def _header_of(data: memoryview, stage: Stage, offer: Offer) -> ObjectHeader:
+    """Raises codec.ObjectError."""
     info = codec.verify(data)
     codec.check_header(info.header, stage.layout, chunk_hash=offer.hash, part=stage.part)
     if info.quality != offer.quality or info.header.quality != offer.quality:

@@ -13,10 +13,12 @@ from kvstore.errors import InvalidRequest
 from kvstore.index.entry import ObjectKey
 from kvstore.index.held import Entry
 from kvstore.tiers.host import Reserved
-from kvstore_codec import KVLayout
+from kvstore_codec import KVLayout, ObjectError, ObjectHeader
 
 #: What arrives of one object: memory's own room, or a buffer.
 Staged = Reserved | bytearray
+#: What a look at one object found: its header, or what is wrong with it.
+Checked = ObjectHeader | ObjectError
 
 
 class Stage:
@@ -43,6 +45,7 @@ class Stage:
         wanted = [index for index, verdict in enumerate(verdicts) if verdict == "send"]
         self._received = dict.fromkeys(wanted, 0)
         self._staged: dict[int, Staged] = {}
+        self._checked: dict[int, Checked] = {}
         self.reserved_objects = len(wanted)
         self.reserved_bytes = sum(offers[index].object_bytes for index in wanted)
 
@@ -74,9 +77,14 @@ class Stage:
             self._staged[index] = self._allocate(self, index)
         return bytes_of(self._staged[index])
 
-    def arrived(self, index: int) -> None:
-        """All of `buffer` has been written."""
+    def arrived(self, index: int, checked: Checked) -> None:
+        """All of `buffer` has been written, by who has checked it (`commit.check`) and does not touch it any more."""
         self._received[index] = self.offers[index].object_bytes
+        self._checked[index] = checked
+
+    def checked(self, index: int) -> Checked | None:
+        """What `arrived` was told of an object."""
+        return self._checked.get(index)
 
     def take(self, index: int) -> Staged | None:
         """A complete object, given away; None if pieces are missing."""
@@ -88,6 +96,7 @@ class Stage:
     def close(self) -> None:
         """Frees what was not taken. Idempotent."""
         self._received.clear()
+        self._checked.clear()
         staged, self._staged = list(self._staged.values()), {}
         self._release(self, staged)
         self.reserved_objects = self.reserved_bytes = 0

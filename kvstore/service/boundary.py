@@ -7,6 +7,7 @@ never ends, does not hold up a shutdown.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from kvstore.service.status import STATUS_OF_CODE, abort
 
 OUR_METHODS = "/kvstore.v1."
 ERROR_ANSWER_S_MAX = 1.0
+_LOOK_S = 0.01  # between two looks at what is in flight, while the node waits to stop
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -34,8 +36,7 @@ class Boundary(Interceptor):
     def __init__(self, registry: CollectorRegistry, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._lock = threading.Lock()
         self._seconds = Histogram(
             "kvstore_rpc_seconds", "Duration of calls, whole streams included, by gRPC status.",
             ("method", "status"), buckets=_SECONDS, registry=registry,
@@ -46,14 +47,18 @@ class Boundary(Interceptor):
 
     async def wait_idle(self) -> None:
         """Returns when no call of ours is in flight."""
-        await self._idle.wait()
+        while self._in_flight:  # noqa: ASYNC110 - calls end in any thread
+            await asyncio.sleep(_LOOK_S)
 
-    def begin_elsewhere(self, loop: asyncio.AbstractEventLoop) -> None:
-        """A request that another thread serves has begun; `end_elsewhere` follows."""
-        loop.call_soon_threadsafe(self._begin)
+    def begin(self) -> None:
+        """A call has begun; `end` follows. Any thread may say so, without waking the event loop for it."""
+        with self._lock:
+            self._in_flight += 1
 
-    def end_elsewhere(self, loop: asyncio.AbstractEventLoop, method: str, status: str, seconds: float) -> None:
-        loop.call_soon_threadsafe(self._end, method, status, seconds)
+    def end(self, method: str, status: str, seconds: float) -> None:
+        with self._lock:
+            self._in_flight -= 1
+        self._seconds.labels(method, status).observe(seconds)
 
     async def intercept_service(
         self,
@@ -85,7 +90,7 @@ class Boundary(Interceptor):
     async def _call(self, method: str, context: Context) -> AsyncIterator[None]:
         started = self._clock()
         status = grpc.StatusCode.UNKNOWN.name
-        self._begin()
+        self.begin()
         try:
             yield
             status = grpc.StatusCode.OK.name
@@ -96,17 +101,7 @@ class Boundary(Interceptor):
             status = STATUS_OF_CODE[error.code].name
             await self._answer(context, error)
         finally:
-            self._end(method, status, self._clock() - started)
-
-    def _begin(self) -> None:
-        self._in_flight += 1
-        self._idle.clear()
-
-    def _end(self, method: str, status: str, seconds: float) -> None:
-        self._in_flight -= 1
-        if not self._in_flight:
-            self._idle.set()
-        self._seconds.labels(method, status).observe(seconds)
+            self.end(method, status, self._clock() - started)
 
     async def _answer(self, context: Context, error: KvStoreError) -> None:
         """Sends the error; a peer that does not even read that is cut off, so that its call holds nothing."""

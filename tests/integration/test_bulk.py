@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
+import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +22,7 @@ from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
 from kvstore_client import AsyncClient, Client, InvalidArgument
+from kvstore_client.client import _loop
 from kvstore_client.transports.bulk_path import Transport
 from kvstore_proto.v1 import transfer_pb2
 from kvstore_proto.v1.bulk import HEADER_BYTES, Kind, hello, parse_header
@@ -187,3 +190,34 @@ def test_shared_memory_is_for_reading(bulk_node: NodeProcess) -> None:
         assert os.fstat(descriptor).st_mode & 0o222 == 0, "nobody opens it for more by mistake"
     finally:
         os.close(descriptor)
+
+
+def test_a_get_goes_past_the_event_loop_once_a_connection_is_there(bulk_node: NodeProcess) -> None:
+    """A thread that blocks asks for itself: whatever the client's loop does, which all clients of a process share."""
+    released = threading.Event()
+    with Client(bulk_node.address, strict=True, deadline=20.0, transport="shm", registry=CollectorRegistry()) as client:
+        cache = client.namespace(LAYOUT)
+        cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
+        _loop().call_soon_threadsafe(released.wait, 20.0)
+        try:
+            kv, tokens = cache.get(TOKENS[:256])
+            assert not released.is_set()
+        finally:
+            released.set()
+    assert tokens == 256
+    assert bits(kv) == bits(codec.token_slice(KV, 0, 256))
+
+
+def test_a_get_in_the_calling_thread_can_be_interrupted(start_node: Callable[..., NodeProcess]) -> None:
+    node = start_node()
+    with Client(node.address, deadline=20.0, transport="tcp", registry=CollectorRegistry()) as client:
+        cache = client.namespace(LAYOUT)
+        cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
+        node.process.send_signal(signal.SIGSTOP)
+        try:
+            threading.Timer(0.3, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                cache.get(TOKENS[:256])
+        finally:
+            node.process.send_signal(signal.SIGCONT)
+        assert cache.get(TOKENS[:256])[1] == 256

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 import kvstore_codec as codec
 from kvstore_client import (
     AsyncClient,
+    Client,
     DeadlineExceeded,
     KvClientError,
     ObjectDamaged,
@@ -195,6 +196,44 @@ async def test_a_lie_about_what_there_is_is_a_miss(script: Script, kind: type[Kv
     assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": kind.code.value})
 
 
+HONEST = sends(b"".join(frame(Kind.OBJECT, at, blob) for at, blob in enumerate(HELD.blobs)) + WELL, before=b"")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("script", "kind", "chunks"),
+    [(*lie[1:], 3 if lie[1] is FOUR_OF_THREE else 1) for lie in LIES] + [(*lie[1:], 0) for lie in FOUND_LIES],
+    ids=[lie[0] for lie in [*LIES, *FOUND_LIES]],
+)
+def test_a_lie_to_a_thread_that_asks_by_itself(
+    script: Script, kind: type[KvClientError], chunks: int, strict: bool
+) -> None:
+    """The second get of a synchronous client, which takes the connection of the first in its own thread."""
+    registry = CollectorRegistry()
+    with (
+        BulkLiar(script, first=HONEST) as liar,
+        HostileServer(lookup=HELD.lookup, fetch=HELD.fetch, connect=liar.connect) as server,
+        Client(
+            server.address, transport="tcp", strict=strict, deadline=DEADLINE_S, registry=registry
+        ) as client,
+    ):  # fmt: skip
+        cache = client.namespace(LAYOUT)
+        assert cache.get(HELD.tokens, deadline=30.0).n == len(HELD.tokens)
+        began = time.monotonic()
+        if strict:
+            with pytest.raises(KvClientError) as caught:
+                cache.get(HELD.tokens, min_quality="lossless")
+            assert type(caught.value) is kind, caught.value
+        else:
+            kv, tokens = cache.get(HELD.tokens, min_quality="lossless")
+            assert tokens == chunks * LAYOUT.chunk_tokens
+            assert bits(kv) == bits(codec.token_slice(HELD.kv, 0, tokens))
+        assert time.monotonic() - began < DEADLINE_S + SLACK_S
+    assert liar.requests == [Kind.GET] * 2, "over the same connection, and not asked again"
+    assert server.calls.count("Fetch") == 0
+    assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": kind.code.value})
+
+
 def larger_than_found(accepted: socket.socket, kind: Kind, payload: bytes) -> None:
     """As when a better object takes the place of what was looked up, before it is read."""
     smaller = kv_objects.answer_of([HELD.status(at, stored_bytes=9) for at in range(3)])
@@ -223,6 +262,35 @@ async def test_a_place_that_cannot_be_makes_all_that_was_read_in_place_a_miss(li
             await get(server.address, strict=True, registry=registry, transport="shm", planned=planned)
     assert tokens == 0
     assert server.calls.count("Fetch") == 0
+
+
+LARGE = Held.of(small_layout("large", layers=64, head_dim=256), 6, seed=7)  # 2 MiB each: shared among threads
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bad", [0, 2, 5])
+def test_what_lies_damaged_in_memory_ends_the_prefix(bad: int, threads: int) -> None:
+    blobs = [*LARGE.blobs[:bad], damaged(LARGE.blobs[bad]), *LARGE.blobs[bad + 1 :]]
+    sizes = [len(blob) for blob in blobs]
+    told = transfer_pb2.Places(offset=[sum(sizes[:at]) for at in range(6)], object_bytes=sizes)
+    found = kv_objects.answer_of(map(LARGE.status, range(6))).SerializeToString()
+    script = sends(
+        frame(Kind.PLACES, 0, told.SerializeToString()) + WELL,
+        before=b"",
+        found=frame(Kind.FOUND, 0, found),
+        stays=True,
+    )
+    registry = CollectorRegistry()
+    with (
+        BulkLiar(script, b"".join(blobs)) as liar,
+        HostileServer(connect=liar.connect) as server,
+        Client(server.address, transport="shm", threads=threads, deadline=20.0, registry=registry) as client,
+    ):
+        kv, tokens = client.namespace(LARGE.layout).get(LARGE.tokens)
+    assert tokens == bad * LARGE.layout.chunk_tokens
+    assert bits(kv) == bits(codec.token_slice(LARGE.kv, 0, tokens))
+    reason = ObjectDamaged.code.value
+    assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": reason}) == 1
 
 
 def hangs_up(accepted: socket.socket, kind: Kind, payload: bytes) -> None:

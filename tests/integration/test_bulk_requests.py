@@ -17,6 +17,7 @@ import pytest
 from bulk_peer import KV, LAYOUT, TOKENS, gauge, let_in
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kv_strategies import bits
 from node_process import NodeProcess
 from polling import wait_until
 from prometheus_client import CollectorRegistry
@@ -174,12 +175,12 @@ def test_a_reader_killed_while_it_reads_holds_nothing(bulk_node: NodeProcess) ->
     script = """
         import os, signal, sys
         sys.path[:0] = sys.argv[2:]
-        import kvstore_client.bulk_getting as bulk_getting
+        import kvstore_client.receiving as receiving
         from bulk_peer import LAYOUT, TOKENS
         from kvstore_client import Client
         def dies(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
-        bulk_getting.decode_object = dies
+        receiving.decode_object = dies
         with Client(sys.argv[1], transport="shm", deadline=20.0) as client:
             client.namespace(LAYOUT).get(TOKENS[:256])
     """
@@ -205,7 +206,7 @@ def test_what_was_read_too_slowly_is_a_miss(bulk_node: NodeProcess, monkeypatch:
             threading.Event().wait(2.0)
             decode_object(*arguments)
 
-        monkeypatch.setattr("kvstore_client.bulk_getting.decode_object", slowly)
+        monkeypatch.setattr("kvstore_client.receiving.decode_object", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256
@@ -270,6 +271,40 @@ def test_a_put_that_breaks_off_leaves_nothing(bulk_node: NodeProcess) -> None:
         answer = store_pb2.PutResponse.FromString(connection.payload(connection.receive(Kind.RESULTS)))
     outcomes = [result.outcome for result in answer.results.results]
     assert outcomes == [store_pb2.OUTCOME_STORED, store_pb2.OUTCOME_REJECTED], "what came counts"
+
+
+def test_a_put_of_a_damaged_object_stores_the_others(bulk_node: NodeProcess) -> None:
+    refs = codec.chunk_refs(LAYOUT, TOKENS[:48])
+    blobs = [
+        codec.encode(codec.token_slice(KV, ref.first_token, ref.first_token + 16), LAYOUT, quality="raw",
+                     first_position=ref.first_token, chunk_hash=ref.hash)
+        for ref in refs
+    ]  # fmt: skip
+    offer = store_pb2.PutOffer(
+        namespace_id=LAYOUT.namespace_id, layout=LAYOUT.canonical_bytes,
+        objects=[
+            store_pb2.ObjectOffer(chunk_hash=ref.hash, parent_hash=ref.parent, object_bytes=len(blob))
+            for ref, blob in zip(refs, blobs, strict=True)
+        ],
+    )  # fmt: skip
+    blobs[1] = blobs[1][:-1] + bytes([blobs[1][-1] ^ 1])
+    with let_in(bulk_node) as connection:
+        connection.send(Kind.OFFER, 0, store_pb2.PutRequest(offer=offer).SerializeToString())
+        connection.payload(connection.receive(Kind.VERDICTS))
+        for index, blob in enumerate(blobs):
+            connection.send(Kind.OBJECT, index, blob)
+        connection.send(Kind.COMMIT, 0)
+        answer = store_pb2.PutResponse.FromString(connection.payload(connection.receive(Kind.RESULTS)))
+    outcomes = [result.outcome for result in answer.results.results]
+    assert outcomes == [store_pb2.OUTCOME_STORED, store_pb2.OUTCOME_REJECTED, store_pb2.OUTCOME_STORED]
+    assert "checksum" in answer.results.results[1].reason
+    assert gauge(bulk_node, 'kvstore_integrity_failures_total{code="checksum_mismatch",tier="put"}') == 1
+    assert gauge(bulk_node, "kvstore_staged_bytes") == gauge(bulk_node, WAITING) == 0
+    with Client(bulk_node.address, strict=True, registry=CollectorRegistry()) as client:
+        kv, tokens = client.namespace(LAYOUT).get(TOKENS[:48])
+        assert client.stat().objects == 2
+    assert tokens == 16
+    assert bits(kv) == bits(codec.token_slice(KV, 0, 16))
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -31,6 +31,7 @@ from kvstore_client import (
     PutResult,
     Unavailable,
 )
+from kvstore_client.transports.bulk_path import Transport
 
 StartNode = Callable[..., NodeProcess]
 R = TypeVar("R")
@@ -59,8 +60,10 @@ def flags(tmp_path: Path) -> tuple[str, ...]:
     return ("--host-capacity", "512MiB", "--disk-path", str(tmp_path / "disk"), "--disk-capacity", "1GiB")
 
 
-def a_client(node: NodeProcess, registry: CollectorRegistry, *, strict: bool = False) -> Client:
-    return Client(node.address, strict=strict, deadline=DEADLINE_S, registry=registry)
+def a_client(
+    node: NodeProcess, registry: CollectorRegistry, *, strict: bool = False, transport: Transport = "auto"
+) -> Client:
+    return Client(node.address, strict=strict, deadline=DEADLINE_S, registry=registry, transport=transport)
 
 
 def timed(call: Callable[[], R]) -> R:
@@ -153,21 +156,34 @@ def test_a_stopped_node_is_a_miss_in_time(
         works_again(strict_cache, kv)
 
 
-def test_a_node_that_stops_during_gets(start_node: StartNode, flags: tuple[str, ...], kv: Any) -> None:
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_node_that_stops_during_a_get(
+    start_node: StartNode, flags: tuple[str, ...], registry: CollectorRegistry, kv: Any, strict: bool
+) -> None:
     node = start_node(*flags)
-    registries = CollectorRegistry(), CollectorRegistry()
-    with a_client(node, registries[0]) as lenient, a_client(node, registries[1], strict=True) as strict:
-        cache, strict_cache = lenient.namespace(LAYOUT), strict.namespace(LAYOUT)
+    with a_client(node, registry, strict=strict, transport="tcp") as client:
+        cache = client.namespace(LAYOUT)
         assert cache.put(TOKENS, kv, quality="lossless", deadline=PATIENT_S).stored == CHUNKS
-        with (
-            under_way(lambda: timed(lambda: cache.get(TOKENS)), registries[0], "in") as call,
-            under_way(lambda: timed(lambda: strict_cache.get(TOKENS)), registries[1], "in") as strict_call,
-            stopped(node),
-        ):
-            assert intact(call.result(10), kv) < len(TOKENS)
-            assert type(strict_call.exception(10)) is DeadlineExceeded
+        with under_way(lambda: timed(lambda: cache.get(TOKENS)), registry, "in") as call, stopped(node):
+            if strict:
+                assert type(call.exception(10)) is DeadlineExceeded
+            else:
+                assert intact(call.result(10), kv) < len(TOKENS)
         works_again(cache, kv)
-        assert intact(strict_cache.get(TOKENS, deadline=PATIENT_S), kv) == len(TOKENS)
+        assert intact(cache.get(TOKENS, deadline=PATIENT_S), kv) == len(TOKENS)
+
+
+def test_a_node_that_stops_once_it_has_said_where_objects_are_is_not_needed(
+    start_node: StartNode, flags: tuple[str, ...], registry: CollectorRegistry, kv: Any
+) -> None:
+    """They are read from its memory, which it cannot let go of while it is stopped."""
+    node = start_node(*flags)
+    with a_client(node, registry, strict=True, transport="shm") as client:
+        cache = client.namespace(LAYOUT)
+        assert cache.put(TOKENS, kv, quality="lossless", deadline=PATIENT_S).stored == CHUNKS
+        with under_way(lambda: cache.get(TOKENS, deadline=PATIENT_S), registry, "in") as call, stopped(node):
+            assert intact(call.result(PATIENT_S), kv) == len(TOKENS)
+        works_again(cache, kv)
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -23,10 +23,10 @@ Script = Callable[[socket.socket, Kind, bytes], None]
 
 class BulkLiar:
     """Listens until its `with` ends. `connect` is what its gRPC side answers. `memory`: what it shares, over a unix
-    socket then."""
+    socket then. `first`: answers a connection's first request, after which it stays open for one more."""
 
-    def __init__(self, script: Script, memory: bytes | None = None) -> None:
-        self._script, self._memory = script, memory
+    def __init__(self, script: Script, memory: bytes | None = None, first: Script | None = None) -> None:
+        self._script, self._memory, self._first = script, memory, first
         if memory is None:
             self._listener = socket.create_server(("127.0.0.1", 0))
             self._address = f":{self._listener.getsockname()[1]}"
@@ -70,13 +70,19 @@ class BulkLiar:
             if self._memory is not None:
                 accepted.recv(HEADER_BYTES, socket.MSG_WAITALL)
                 self._share(accepted, self._memory)
-            head = accepted.recv(HEADER_BYTES, socket.MSG_WAITALL)
-            if not head:
-                return
-            found = parse_header(head)
-            payload = accepted.recv(found.length, socket.MSG_WAITALL) if found.length else b""
-            self.requests.append(found.kind)
-            self._script(accepted, found.kind, payload)
+            for script in (self._first, self._script):
+                if script is not None and not self._answer(accepted, script):
+                    return
+
+    def _answer(self, accepted: socket.socket, script: Script) -> bool:
+        head = accepted.recv(HEADER_BYTES, socket.MSG_WAITALL)
+        if not head:
+            return False
+        found = parse_header(head)
+        payload = accepted.recv(found.length, socket.MSG_WAITALL) if found.length else b""
+        self.requests.append(found.kind)
+        script(accepted, found.kind, payload)
+        return True
 
     def _share(self, accepted: socket.socket, memory: bytes) -> None:
         shared = transfer_pb2.SharedMemory(bytes=len(memory)).SerializeToString()

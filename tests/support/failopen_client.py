@@ -191,7 +191,7 @@ class Caller:
 def has_bulk_path(side: Side) -> bool:
     """Whether its next call goes over one; nothing public says so, and a run over gRPC alone would prove little."""
     session = side.cache._session if side.advance == "__anext__" else side.cache._async._session
-    return any(node.bulk._unused for node in session.connections._nodes.values())
+    return any(len(node.bulk.ready) for node in session.connections._nodes.values())
 
 
 def _resources(loop: asyncio.AbstractEventLoop) -> dict[str, int]:

@@ -51,6 +51,7 @@ class BulkConnection:
     def __init__(self, node: str, address: str, ticket: bytes, deadline: Deadline, tls: LoadedTLS | None) -> None:
         self.node = node
         self.memory: Memory | None = None
+        self._owed = False  # RELEASED, to be received before the answer to the next request
         try:
             self._socket = BulkSocket(_connected(node, address, deadline, tls), deadline.remaining())
         except (OSError, ValueError) as error:  # ValueError: what the node said is no address
@@ -99,12 +100,13 @@ class BulkConnection:
         )  # fmt: skip
         in_place = False
         with self._failures(deadline):
-            self._socket.send(Kind.FETCH, 0, request.SerializeToString())
+            self._ask(Kind.FETCH, request.SerializeToString(), deadline)
         for found in self.objects(wanted, deadline):
-            if isinstance(found, memoryview):
+            if isinstance(found, list):
                 in_place = True
-                count_received(len(found))
-                hand_over(Blob(found, in_place=True))
+                for place in found:
+                    count_received(len(place))
+                    hand_over(Blob(place, in_place=True))
                 continue
             if not ahead.acquire(timeout=deadline.remaining()):
                 raise DeadlineExceeded("the call's deadline passed", seconds=deadline.seconds)
@@ -122,23 +124,23 @@ class BulkConnection:
             hold_ms=_hold_ms(hold_s),
         )  # fmt: skip
         with self._failures(deadline):
-            self._socket.send(Kind.GET, 0, request.SerializeToString())
-            found = self._socket.receive(Kind.FOUND, Kind.END)
+            self._ask(Kind.GET, request.SerializeToString(), deadline)
+            found = self._socket.receive(Kind.FOUND, Kind.END, until=deadline.remaining)
             payload = self._payload(found, deadline)
             if found.kind is Kind.FOUND:
                 return store_pb2.LookupResponse.FromString(payload)
             self._check_end(payload)
             raise BadFrame("a get ended before it was answered")
 
-    def objects(self, wanted: Wanted, deadline: Deadline) -> Iterator[memoryview | int]:
-        """Of each object in the order of `wanted.chunks`, possibly fewer: where it lies in the node's memory, or how
-        many bytes are to be received by `receive_into` before the next is asked for. Some in memory: then `release`
-        tells if what was read there is good."""
+    def objects(self, wanted: Wanted, deadline: Deadline) -> Iterator[list[memoryview] | int]:
+        """Objects in the order of `wanted.chunks`, possibly fewer: where the next ones lie in the node's memory, or how
+        many bytes of the next are to be received by `receive_into` before more is asked for. Some in memory: then
+        `release` tells if what was read there is good."""
         at = 0
         while True:
             places: list[memoryview] = []
             with self._failures(deadline):
-                found = self._socket.receive(Kind.OBJECT, Kind.PLACES, Kind.END)
+                found = self._socket.receive(Kind.OBJECT, Kind.PLACES, Kind.END, until=deadline.remaining)
                 if found.kind is Kind.END:
                     self._check_end(self._payload(found, deadline))
                     return
@@ -150,7 +152,7 @@ class BulkConnection:
                     raise BadFrame(f"no object of the layout has {found.length} bytes")
             if places:
                 at += len(places)
-                yield from places
+                yield places
             else:
                 at += 1
                 yield found.length
@@ -161,15 +163,21 @@ class BulkConnection:
 
     def release(self, deadline: Deadline) -> None:
         """After a fetch with places: they are not needed any more. When this returns, all of them were good until
-        now."""
+        now.
+
+        A node ends a connection before it lets go of what it holds for it: of one that is found open, nothing was let
+        go, and its answer need not be waited for."""
         with self._failures(deadline):
+            was_open = self._socket.is_open()
             self._socket.send(Kind.RELEASE, 0)
-            self._socket.receive(Kind.RELEASED)
+            self._owed = True
+            if not was_open:
+                self._receive_owed(deadline)
 
     def offer(self, offer: store_pb2.PutOffer, deadline: Deadline) -> store_pb2.PutResponse:
         with self._failures(deadline):
-            self._socket.send(Kind.OFFER, 0, store_pb2.PutRequest(offer=offer).SerializeToString())
-            return self._answer(Kind.VERDICTS)
+            self._ask(Kind.OFFER, store_pb2.PutRequest(offer=offer).SerializeToString(), deadline)
+            return self._answer(Kind.VERDICTS, deadline)
 
     def send(
         self, objects: Sequence[tuple[int, bytes | memoryview]], deadline: Deadline, count_sent: Callable[[int], None]
@@ -186,7 +194,7 @@ class BulkConnection:
     def commit(self, deadline: Deadline) -> store_pb2.PutResponse:
         with self._failures(deadline):
             self._socket.send(Kind.COMMIT, 0)
-            return self._answer(Kind.RESULTS)
+            return self._answer(Kind.RESULTS, deadline)
 
     def shutdown(self) -> None:
         """From any thread: the call under way ends, as Unavailable."""
@@ -194,6 +202,15 @@ class BulkConnection:
 
     def close(self) -> None:
         self._end()
+
+    def _ask(self, kind: Kind, payload: bytes, deadline: Deadline) -> None:
+        self._socket.send(kind, 0, payload)
+        self._receive_owed(deadline)
+
+    def _receive_owed(self, deadline: Deadline) -> None:
+        if self._owed:
+            self._socket.receive(Kind.RELEASED, until=deadline.remaining)
+            self._owed = False
 
     def _in_place(self, payload: bytes, wanted: Wanted, at: int) -> list[memoryview]:
         told, left = transfer_pb2.Places.FromString(payload), len(wanted.chunks) - at
@@ -214,9 +231,9 @@ class BulkConnection:
         self._socket.receive_into(data, until=deadline.remaining)
         return bytes(data)
 
-    def _answer(self, expected: Kind) -> store_pb2.PutResponse:
-        found = self._socket.receive(expected, Kind.END)
-        payload = self._socket.payload(found)
+    def _answer(self, expected: Kind, deadline: Deadline) -> store_pb2.PutResponse:
+        found = self._socket.receive(expected, Kind.END, until=deadline.remaining)
+        payload = self._payload(found, deadline)
         if found.kind is Kind.END:
             self._check_end(payload)
             raise BadFrame("a put ended before it was answered")

@@ -20,6 +20,7 @@ from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientErr
 from kvstore_client.tls import LoadedTLS
 from kvstore_client.transports.blob import Buffers
 from kvstore_client.transports.bulk_connection import ABSTRACT, BulkConnection, Memory
+from kvstore_client.transports.ready import ReadyConnections
 from kvstore_proto.v1 import transfer_pb2
 from kvstore_proto.v1.bulk import VERSION
 from kvstore_proto.v1.transfer_pb2_grpc import TransferStub
@@ -30,8 +31,6 @@ TRANSPORTS: tuple[str, ...] = get_args(Transport)
 ATTEMPT_S = 2.0  # at finding a way
 AGAIN_S = 5.0  # after which a way that failed is looked for again
 ASK_AGAIN_S = 0.2  # after which a node that could not even be asked is asked again: it may be back
-UNUSED_MAX = 4  # connections kept open
-UNUSED_S_MAX = 120.0  # less than a node's patience
 LATE_S = 0.01  # a thread that gives up by itself says why
 R = TypeVar("R")
 
@@ -44,18 +43,17 @@ def checked_transport(transport: str) -> Transport:
 
 
 class BulkPath:
-    """Belongs to an event loop; `executor`: threads that connections block, `gets`: those of whole gets, which may wait
-    for what the others do; `buffers`: what they receive into.
-    `on_failure` is told of each failure. `tls`: of all TCP connections."""
+    """Belongs to an event loop, but for `ready` and `buffers`. `executor`: threads that connections block, `gets`:
+    those of whole gets, which may wait for what the others do; `ready`: connections in no use; `buffers`: what they
+    receive into. `on_failure` is told of each failure. `tls`: of all TCP connections."""
 
     def __init__(
         self, seed: str, channel: grpc.aio.Channel, transport: Transport, executor: Executor, gets: Executor,
         on_failure: Callable[[KvClientError], None], tls: LoadedTLS | None,
     ) -> None:  # fmt: skip
-        self.executor, self.gets, self.buffers = executor, gets, Buffers()
+        self.executor, self.gets, self.buffers, self.ready = executor, gets, Buffers(), ReadyConnections()
         self._seed, self._transport, self._on_failure, self._tls = seed, transport, on_failure, tls
         self._stub = TransferStub(channel)  # type: ignore[no-untyped-call]
-        self._unused: list[tuple[float, BulkConnection]] = []
         self._finding: asyncio.Task[None] | None = None
         self._address: str | None = None
         self._memory: Memory | None = None
@@ -67,11 +65,8 @@ class BulkPath:
         for, at most half of the time that is left; the best of all is not."""
         if self._transport == "grpc" or self._closed:
             return None
-        while self._unused:
-            since_s, connection = self._unused.pop()
-            if time.monotonic() - since_s < UNUSED_S_MAX:
-                return connection
-            connection.close()
+        if (ready := self.ready.take()) is not None:
+            return ready
         if self._address is not None:
             try:
                 return await self._connect(self._address, deadline)
@@ -82,27 +77,19 @@ class BulkPath:
             self._finding = asyncio.get_running_loop().create_task(self._find())
         if self._finding is not None and self._transport != "auto":
             await asyncio.wait([self._finding], timeout=deadline.share(2))
-            if self._unused:
-                return self._unused.pop()[1]
+            return self.ready.take()
         return None
-
-    def give_back(self, connection: BulkConnection) -> None:
-        """After a request that ended well."""
-        if self._closed or len(self._unused) >= UNUSED_MAX:
-            connection.close()
-        else:
-            self._unused.append((time.monotonic(), connection))
 
     def failed(self, error: KvClientError) -> None:
         """A connection broke or could not be had: the others are as old, and the node may be another one by now."""
         self._on_failure(error)
         self._address = None
         self._not_before = time.monotonic() + (0 if self._transport != "auto" else AGAIN_S)
-        self._close_unused()
+        self.ready.clear()
 
     async def aclose(self) -> None:
         self._closed = True
-        self._close_unused()
+        self.ready.close()
         if self._finding is not None:
             self._finding.cancel()
             await asyncio.wait([self._finding])
@@ -134,10 +121,6 @@ class BulkPath:
                 await asyncio.wait([running])
         return result_of(running, self._seed)
 
-    def _close_unused(self) -> None:
-        while self._unused:
-            self._unused.pop()[1].close()
-
     async def _find(self) -> None:
         """Tries the node's ways, best first; the first that works is taken from now on."""
         deadline = Deadline(ATTEMPT_S)
@@ -155,7 +138,7 @@ class BulkPath:
                     error = problem
                     continue
                 self._address = address
-                self.give_back(connection)
+                self.ready.give_back(connection)
                 return
         except (Unavailable, DeadlineExceeded):
             pass  # nor can the calls of this moment reach the node, which count and say it

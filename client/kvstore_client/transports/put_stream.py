@@ -92,9 +92,11 @@ class PutStream:
         finally:
             if not task.done():
                 task.cancel()
-        if not task.done():
+        if task.done():
+            task.result()
+        elif self._status.result()[0] is not grpc.StatusCode.OK:
             raise from_status(*self._status.result(), self._node.address)
-        task.result()
+        # Ended well, it wants nothing more; what it has answered says the rest.
 
     async def _ended_by(self) -> KvClientError:
         """The error of a call that has ended."""
@@ -105,6 +107,8 @@ class PutStream:
         await asyncio.wait([self._status], timeout=_SETTLE_S if left_s is None else min(_SETTLE_S, left_s))
         if self._status.done():
             return from_status(*self._status.result(), self._node.address)
+        if self._call.time_remaining() == 0:  # what ended it, whatever the write says
+            return from_status(grpc.StatusCode.DEADLINE_EXCEEDED, None, self._node.address)
         return from_status(await self._call.code(), await self._call.details(), self._node.address)
 
     def _note_status(self, call: Any) -> None:

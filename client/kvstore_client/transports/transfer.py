@@ -75,7 +75,7 @@ class Fetch:
         except BaseException:
             connection.close()
             raise
-        path.give_back(connection)
+        path.ready.give_back(connection)
 
     async def aclose(self) -> None:
         if self._in_place is not None:
@@ -118,7 +118,7 @@ class Fetch:
             elif self._is_owed:
                 self._in_place = connection
             else:
-                path.give_back(connection)
+                path.ready.give_back(connection)
 
 
 class Put:
@@ -161,7 +161,7 @@ class Put:
             answer = await self._run(lambda connection: connection.commit(self._deadline))
             connection, self._connection = self._connection, None
             assert connection is not None, "it has just answered"
-            self._node.bulk.give_back(connection)
+            self._node.bulk.ready.give_back(connection)
             return answer.results
         async with failures(self._node):
             await self._stream.write(Framed(pb.PutRequest(commit=pb.PutCommit())))

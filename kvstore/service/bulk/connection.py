@@ -8,13 +8,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from kvstore.engine.commit import check
 from kvstore.engine.node import Node, Offer, Result, Stage
+from kvstore.engine.stage import Checked
 from kvstore.errors import Code, InvalidRequest, KvStoreError
 from kvstore.service import requests, wire
 from kvstore.service.boundary import Boundary
@@ -69,7 +71,7 @@ class Connection:
     def _answered(self, method: str, serve: Any) -> None:
         """Counts and times a request; one that fails is answered with the reason, and ends the connection."""
         began_s, status = time.perf_counter(), grpc.StatusCode.UNKNOWN
-        self._boundary.begin_elsewhere(self._loop)
+        self._boundary.begin()
         try:
             try:
                 serve()
@@ -90,7 +92,7 @@ class Connection:
             self._socket.send(Kind.END, 0, ended.SerializeToString())
             raise _Refused from None
         finally:
-            self._boundary.end_elsewhere(self._loop, method, status.name, time.perf_counter() - began_s)
+            self._boundary.end(method, status.name, time.perf_counter() - began_s)
 
     def _fetch(self, payload: bytes) -> None:
         asked = transfer_pb2.BulkFetch.FromString(payload)
@@ -106,7 +108,12 @@ class Connection:
             return
         # The end of its time frees the memory: what is read after it is not confirmed, and counts for nothing.
         self._socket.limit(min(hold_ms, self._hold_ms_max) / 1000)
-        self._socket.receive(Kind.RELEASE)
+        try:
+            self._socket.receive(Kind.RELEASE)
+        except BaseException:
+            # Before the memory is let go: a client that finds its connection open takes what it has read for good.
+            self._socket.shutdown()
+            raise
         self._socket.limit(self._stream_idle_s)
         self._socket.send(Kind.RELEASED, 0)
 
@@ -124,23 +131,27 @@ class Connection:
             self._loop.call_soon_threadsafe(self._node.abort, stage)
         self._socket.send(Kind.RESULTS, 0, wire.results(committed).SerializeToString())
 
-    def _fill(self, stage: Stage) -> list[int]:
-        """Receives the wanted objects, in the order of the offer, and the commit; which of them came."""
+    def _fill(self, stage: Stage) -> dict[int, Checked]:
+        """Receives the wanted objects, in the order of the offer, and the commit. Which of them came, checked here:
+        they are in this thread's caches, and the next one is on its way."""
         wanted = [index for index, verdict in enumerate(stage.verdicts) if verdict == "send"]
         buffers: dict[int, memoryview] = {}
+        arrived: dict[int, Checked] = {}
         for at, index in enumerate(wanted):
             found = self._socket.receive(Kind.OBJECT, Kind.COMMIT)
             if found.kind is Kind.COMMIT:
-                return wanted[:at]  # what did not come is rejected by the commit
+                return arrived  # what did not come is rejected by the commit
             if found.index != index or found.length != stage.offers[index].object_bytes:
                 raise InvalidRequest(
                     "an object out of order or of another length", index=found.index, expected=index, bytes=found.length
                 )
             if index not in buffers:
                 buffers = self._start(_room(stage, wanted[at:])).result()
-            self._socket.receive_into(buffers.pop(index), after=self._metrics.put_bytes.inc)
+            buffer = buffers.pop(index)
+            self._socket.receive_into(buffer, after=self._metrics.put_bytes.inc)
+            arrived[index] = check(buffer, stage, stage.offers[index])
         self._socket.receive(Kind.COMMIT)
-        return wanted
+        return arrived
 
     def _share(self) -> None:
         if not self._local:
@@ -166,9 +177,11 @@ async def _offered(node: Node, offer: store_pb2.PutOffer, offers: Sequence[Offer
     return node.offer(offer.namespace_id, offer.layout, offer.part, offers, offer.first_chunk_hash)
 
 
-async def _committed(node: Node, stage: Stage, offer: store_pb2.PutOffer, arrived: Sequence[int]) -> list[Result]:
-    for index in arrived:
-        stage.arrived(index)
+async def _committed(
+    node: Node, stage: Stage, offer: store_pb2.PutOffer, arrived: Mapping[int, Checked]
+) -> list[Result]:  # fmt: skip
+    for index, checked in arrived.items():
+        stage.arrived(index, checked)
     durable = offer.durability == store_pb2.DURABILITY_DISK
     return await node.commit(stage, durable=durable, retain=requests.retention(offer))
 

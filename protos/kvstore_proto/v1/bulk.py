@@ -9,7 +9,8 @@ A connection starts with the client's HELLO: "KVSB", the version (u16) and the 3
 
     FETCH   a BulkFetch   → OBJECT (index: of the chunk; the object) or PLACES (index: of the first chunk; a Places), in
                             the order asked for, then END (an Ended); after places, RELEASE by the client → RELEASED:
-                            what was read until then was in place
+                            what was read until then was in place. The client need not wait for that where it finds the
+                            connection open after reading: a node ends it before it lets go of a place
     GET     a BulkGet     → FOUND (a LookupResponse), then as of FETCH; or END alone
     OFFER   a PutOffer    → VERDICTS (a PutResponse) or END; then by the client OBJECT* (index: of the offer) and COMMIT
                           → RESULTS (a PutResponse) or END

@@ -89,9 +89,10 @@ class BulkSocket:
             while left:
                 left = _behind(left, self._socket.sendmsg(left[:_VECTOR_MAX]))
 
-    def receive(self, *expected: Kind) -> Header:
-        """The next frame's header. Raises ConnectionEnded, NoProgress, BadFrame (also for a kind not expected)."""
-        self.receive_into(self._buffer)
+    def receive(self, *expected: Kind, until: Callable[[], float] | None = None) -> Header:
+        """The next frame's header; `until` as of `receive_into`. Raises ConnectionEnded, NoProgress, BadFrame (also for
+        a kind not expected)."""
+        self.receive_into(self._buffer, until=until)
         found = parse_header(self._buffer)
         if found.kind not in expected:
             raise BadFrame(f"{found.kind.name} came out of place")
@@ -125,6 +126,16 @@ class BulkSocket:
         data = bytearray(found.length)
         self.receive_into(memoryview(data))
         return bytes(data)
+
+    def is_open(self) -> bool:
+        """Whether the peer has not ended it, nor sent anything that was not received yet; at once. Not of TLS."""
+        try:
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def send_descriptor(self, kind: Kind, payload: bytes, descriptor: int) -> None:
         """Over a unix socket."""

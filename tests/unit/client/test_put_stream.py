@@ -18,9 +18,10 @@ from kvstore_proto.v1.framing import Framed
 
 
 class HeldCall:
-    """A call of gRPC's: what is written never leaves, and its deadline passes when `end` is called."""
+    """A call of gRPC's: what is written never leaves, and it ends with `status` when `end` is called."""
 
-    def __init__(self) -> None:
+    def __init__(self, status: grpc.StatusCode = grpc.StatusCode.DEADLINE_EXCEEDED) -> None:
+        self._status = status
         self._on_end: list[Callable[[Any], None]] = []
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
@@ -43,7 +44,7 @@ class HeldCall:
         await asyncio.Event().wait()
 
     async def code(self) -> grpc.StatusCode:
-        return grpc.StatusCode.DEADLINE_EXCEEDED
+        return self._status
 
     async def details(self) -> str:
         return "Deadline Exceeded"
@@ -61,5 +62,48 @@ async def test_what_is_being_sent_ends_with_its_call(send: str) -> None:
     call.end()
     with pytest.raises(DeadlineExceeded):
         await asyncio.wait_for(sending, 10.0)
+    stream.cancel()
+    await connections.aclose()
+
+
+@pytest.mark.parametrize("send", ["write", "done_writing"])
+async def test_a_call_that_has_ended_well_takes_nothing_more(send: str) -> None:
+    """Such as a put that was answered before its last message had left here: what was answered counts."""
+    connections, call = Connections(["127.0.0.1:1"]), HeldCall(grpc.StatusCode.OK)
+    stream = PutStream(connections.node("127.0.0.1:1"), call)
+    sending = asyncio.ensure_future(
+        stream.write(Framed(pb.PutRequest())) if send == "write" else stream.done_writing()
+    )  # fmt: skip
+    await asyncio.sleep(0.01)
+    call.end()
+    await asyncio.wait_for(sending, 10.0)
+    stream.cancel()
+    await connections.aclose()
+
+
+class BrokenCall(HeldCall):
+    """At its deadline the write fails, and gRPC has no other status for it than its own."""
+
+    async def read(self) -> Any:
+        return grpc.aio.EOF  # type: ignore[attr-defined]
+
+    async def write(self, message: object) -> None:
+        self.end()
+        raise grpc.aio.AioRpcError(
+            grpc.StatusCode.INTERNAL, grpc.aio.Metadata(), grpc.aio.Metadata(), "Internal error from Core", None
+        )
+
+    def time_remaining(self) -> float:
+        return 0.0
+
+    async def details(self) -> str:
+        return "Internal error from Core"
+
+
+async def test_a_write_that_fails_at_the_deadline_is_late_and_no_fault_of_the_node() -> None:
+    connections, call = Connections(["127.0.0.1:1"]), BrokenCall(grpc.StatusCode.INTERNAL)
+    stream = PutStream(connections.node("127.0.0.1:1"), call)
+    with pytest.raises(DeadlineExceeded):
+        await asyncio.wait_for(stream.write(Framed(pb.PutRequest())), 10.0)
     stream.cancel()
     await connections.aclose()
