@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
 from kvstore_client import (
+    AsyncClient,
     Client,
     ClientClosed,
     Extras,
@@ -145,6 +146,19 @@ def test_a_put_that_was_answered_is_not_cancelled_unless_it_does_not_end(ends: b
     with HostileServer(lookup=holds_nothing, put=slow_to_end) as server, Client(server.address, strict=True) as client:
         assert client.namespace(layout).put(tokens, kv).stored == 3
         wait_until(lambda: ended == [not ends], "the call ended, or was cancelled")
+
+
+async def test_memory_of_what_was_put_is_used_again(shared: NodeProcess) -> None:
+    layout = new_layout()
+    async with AsyncClient(shared.address, strict=True, deadline=DEADLINE_S) as client:
+        free = client._session.put_buffers._free
+        used = []
+        for seed in (1, 2):
+            tokens, kv = prompt(layout, 3, seed=seed)
+            assert (await client.namespace(layout).put(tokens, kv, quality="raw")).stored == 3
+            used.append({id(buffer) for buffer in free})
+    assert len(used[0]) == 3
+    assert used[0] == used[1]
 
 
 def test_a_put_from_first_token_on(client: Client) -> None:

@@ -43,6 +43,7 @@ def test_the_tokens_from_there_on(shared: NodeProcess, transport: Transport, arg
         objects = [chunk.stored_bytes for chunk in cache.lookup(tokens, lease_ms=0).chunks]
         got, n = cache.get(tokens, first_token=2 * size, **arguments)
         assert n == 4 * size
+        assert not registry.get_sample_value("kvstore_client_tokens_total", {"outcome": "miss"})
         assert bits(got) == bits(kv[:, :, 2 * size : CHUNKS * size])
         assert registry.get_sample_value("kvstore_client_stream_bytes_total", {"direction": "in"}) == sum(objects[2:])
         room = np.zeros_like(kv[:, :, : 3 * size])

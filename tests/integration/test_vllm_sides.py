@@ -5,6 +5,7 @@ The connector in real engines is tested in tests/integration/vllm.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,8 @@ from vllm_sides import HELD, PROMPT, Engine, output, request, saved
 
 from kvstore_client.integrations.vllm.identity import RequestKey
 from kvstore_client.integrations.vllm.work import Save
+
+LOOKUP_S = 20.0  # that a promise is waited for: no test does
 
 
 @pytest.fixture
@@ -122,7 +125,7 @@ def test_prompts_that_tokens_do_not_tell_are_left_alone(node: NodeProcess) -> No
 
 
 def test_a_decode_engine_waits_for_what_a_prefill_engine_promised(node: NodeProcess) -> None:
-    writer, reader = Engine(node.address, 16), Engine(node.address, 32, lookup_s=20.0)
+    writer, reader = Engine(node.address, 16), Engine(node.address, 32, lookup_s=LOOKUP_S)
     try:
         prefilled = request("prefill", kv_transfer_params={"do_remote_decode": True})
         assert writer.matched(prefilled) == 0
@@ -140,6 +143,10 @@ def test_a_decode_engine_waits_for_what_a_prefill_engine_promised(node: NodeProc
             writer.worker.save(save)
         assert reader.matched(asked) == HELD
         assert reader.count("lookups", outcome="hit") == 1
+        # For a part of a chunk there is nothing to wait.
+        began_s = time.monotonic()
+        assert reader.matched(request("part", kv_transfer_params={"kvstore_tokens": HELD + 1})) == HELD
+        assert time.monotonic() - began_s < LOOKUP_S / 2
         # Who is not told does not wait.
         assert writer.scheduler.finished("unknown") is None
         assert reader.matched(request("untold", cache_salt="x")) == 0

@@ -83,7 +83,10 @@ class PutStream:
 
     async def _while_it_lasts(self, sending: Coroutine[Any, Any, None]) -> None:
         """Sends. Raises the call's error as soon as it has ended: gRPC itself lets go of what it is sending only when
-        the connection takes it or is given up, seconds later where the peer reads nothing more."""
+        the connection takes it or is given up, seconds later where the peer reads nothing more.
+
+        A call that ended well is no error here: a node that has the commit answers and ends it, on a busy machine
+        before our half of it is closed. Whether it has answered all, `answer` tells."""
         task = asyncio.ensure_future(sending)
         task.add_done_callback(_seen)  # where nobody waits for it any more
         try:
@@ -94,9 +97,10 @@ class PutStream:
                 task.cancel()
         if task.done():
             task.result()
-        elif self._status.result()[0] is not grpc.StatusCode.OK:
-            raise from_status(*self._status.result(), self._node.address)
-        # Ended well, it wants nothing more; what it has answered says the rest.
+            return
+        status, details = self._status.result()
+        if status is not grpc.StatusCode.OK:
+            raise from_status(status, details, self._node.address)
 
     async def _ended_by(self) -> KvClientError:
         """The error of a call that has ended."""

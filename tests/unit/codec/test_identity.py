@@ -87,8 +87,10 @@ def test_bad_tokens_are_refused(tokens: object) -> None:
 
 
 def test_weak_engine_hashes_and_short_keys_are_refused() -> None:
-    with pytest.raises(codec.LayoutError, match="sha256"):
-        codec.wrap_engine_hashes(LAYOUT, [b"12345678"])
+    assert len(codec.wrap_engine_hashes(LAYOUT, [bytes(16)])) == 1
+    for length in (0, 8, 15):
+        with pytest.raises(codec.LayoutError, match="sha256"):
+            codec.wrap_engine_hashes(LAYOUT, [bytes(length)])
     with pytest.raises(codec.LayoutError, match="32 bytes"):
         codec.chunk_refs(LAYOUT, [1] * 16, tenant_key=b"short")
 

@@ -234,16 +234,17 @@ async def test_what_is_owed_is_not_even_read_for_a_node_that_is_to_be_told_of_de
 
 async def test_a_delete_waits_for_what_is_on_its_way() -> None:
     """Else that would arrive behind it."""
-    peer = MemoryPeer("a:1", held_up=asyncio.Event())
+    held_up = asyncio.Event()
+    peer = MemoryPeer("a:1", held_up=held_up)
     async with started(Node(), peer) as (place, _):
         place.write(put_object(0))
         await until(lambda: calls(peer)["put"] == 1)
         deleting = asyncio.ensure_future(place.delete(KEYS[:1]))
         await settle()
-        assert not calls(peer)["delete"]
-        assert peer.held_up is not None
-        peer.held_up.set()
+        early = calls(peer)["delete"]
+        held_up.set()
         await deleting
+        assert not early
         assert peer.blobs == {}
 
 

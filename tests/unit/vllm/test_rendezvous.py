@@ -59,4 +59,11 @@ def test_what_does_not_grow_is_given_up_and_each_question_has_the_time_that_is_l
 def test_an_engine_that_ends_waits_for_nothing() -> None:
     closing = threading.Event()
     closing.set()
-    assert wait_for(256, lambda _: 0, PATIENT_S, closing) == 0
+    asked: list[float] = []
+
+    def held(seconds: float) -> int:
+        asked.append(seconds)
+        return 0
+
+    assert wait_for(256, held, PATIENT_S, closing) == 0
+    assert asked == [PATIENT_S]
