@@ -33,7 +33,7 @@ from bench.kv import KV_PATH, ROPE_THETA, real_kv
 from bench.planner_real import shaped
 from bench.server_process import server_process
 from kvstore.cli import bench_codec
-from kvstore_client import AsyncClient, AsyncNamespace, ChunkHit, KVLayout, Quality, RoPE
+from kvstore_client import ChunkHit, Client, KVLayout, Namespace, Quality, RoPE
 from kvstore_client.coder import DeadlineCoder
 from kvstore_client.connection import Connections, Node
 from kvstore_client.deadline import Deadline
@@ -188,32 +188,31 @@ async def measure(way: Way, address: str, kv: Any, rounds: int) -> Result:
     link = shaped(address.rpartition(":")[2], way.mbit) if way.mbit else nullcontext(address)
     taken: dict[str, list[float]] = {"get": [], "lookup": [], "receive": [], "decode": []}
     traces: list[Trace] = []
-    with link as target, ThreadPoolExecutor(way.threads) as threads:
-        async with AsyncClient(
-            target, strict=True, deadline=CALL_S, threads=way.threads, transport=way.transport,
-            registry=CollectorRegistry(),
-        ) as client:  # fmt: skip
-            cache = client.namespace(layout, tail=True)
-            await cache.put(range(tokens), kv, quality="high")
-            connections = Connections([target], way.transport)
-            node = connections.node(target)
-            planner = cache.gets._planner = TracedPlanner(cache._session, layout)
-            expected, out = (await cache.get(range(tokens))).kv, codec.empty(layout, tokens)
-            for number in range(-1, rounds):  # the first warms up
-                took, chunks = await look_up(cache, tokens)
-                received, blobs = await receive(node, layout, chunks)
-                decoded = await asyncio.to_thread(decode, layout, chunks, blobs, out, threads)
-                out[...] = 0
-                planner.trace, planner.began = Trace(), time.monotonic()
-                _, n = await cache.get(range(tokens), out=out)
-                planner.trace.took = time.monotonic() - planner.began
-                if n != tokens or out.tobytes() != expected.tobytes():
-                    raise SystemExit("bench: what was got is not what was put")
-                if number >= 0:
-                    traces.append(planner.trace)
-                    for name, seconds in zip(taken, (planner.trace.took, took, received, decoded), strict=True):
-                        taken[name].append(seconds)
-            await connections.aclose()
+    with link as target, ThreadPoolExecutor(way.threads) as threads, Client(
+        target, strict=True, deadline=CALL_S, threads=way.threads, transport=way.transport,
+        registry=CollectorRegistry(),
+    ) as client:  # fmt: skip
+        cache = client.namespace(layout, tail=True)
+        await asyncio.to_thread(cache.put, range(tokens), kv, quality="high")
+        connections = Connections([target], way.transport)
+        node = connections.node(target)
+        planner = TracedPlanner(cache._async._session, layout)
+        cache._async.gets._planner = planner
+        out = codec.empty(layout, tokens)
+        expected = (await asyncio.to_thread(cache.get, range(tokens))).kv
+        for number in range(-1, rounds):  # the first warms up
+            took, chunks = await asyncio.to_thread(look_up, cache, tokens)
+            received, blobs = await receive(node, layout, chunks)
+            decoded = await asyncio.to_thread(decode, layout, chunks, blobs, out, threads)
+            out[...] = 0
+            trace = await asyncio.to_thread(get, cache, tokens, out, planner)
+            if out.tobytes() != expected.tobytes():
+                raise SystemExit("bench: what was got is not what was put")
+            if number >= 0:
+                traces.append(trace)
+                for name, seconds in zip(taken, (trace.took, took, received, decoded), strict=True):
+                    taken[name].append(seconds)
+        await connections.aclose()
     slowest = max(("receive", "decode"), key=lambda name: statistics.median(taken[name]))
     shares = [alone / whole for alone, whole in zip(taken[slowest], taken["get"], strict=True)]
     median = sorted(traces, key=lambda trace: trace.took)[len(traces) // 2]
@@ -221,9 +220,16 @@ async def measure(way: Way, address: str, kv: Any, rounds: int) -> Result:
     return Result(way, get_s, lookup_s, receive_s, decode_s, shares, median)
 
 
-async def look_up(cache: AsyncNamespace, tokens: int) -> tuple[float, tuple[ChunkHit, ...]]:
+def get(cache: Namespace, tokens: int, out: Any, planner: TracedPlanner) -> Trace:
+    planner.trace, planner.began = Trace(), time.monotonic()
+    cache.get(range(tokens), out=out)
+    planner.trace.took = time.monotonic() - planner.began
+    return planner.trace
+
+
+def look_up(cache: Namespace, tokens: int) -> tuple[float, tuple[ChunkHit, ...]]:
     began = time.monotonic()
-    hit = await cache.lookup(range(tokens))
+    hit = cache.lookup(range(tokens))
     return time.monotonic() - began, hit.chunks
 
 
