@@ -136,7 +136,8 @@ class Namespace:
                 prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
             )
         )  # fmt: skip
-        return Restored(restored.kv, restored.n, Refinement(restored.refinement) if refine else None)
+        refinement = Refinement(restored.refinement) if refine else None
+        return Restored(restored.kv, restored.n, refinement, restored.reason)
 
     def plan(
         self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
@@ -254,7 +255,7 @@ class PartsNamespace:
                 prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
             )
         )  # fmt: skip
-        return Restored(restored.kv, restored.n)
+        return Restored(restored.kv, restored.n, reason=restored.reason)
 
     def speeds(self) -> dict[str, Speeds]:
         """See AsyncPartsNamespace.speeds."""

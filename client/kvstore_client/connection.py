@@ -69,6 +69,11 @@ class Node:
         self._connection = connect()
 
     @property
+    def is_connected(self) -> bool:
+        """As far as gRPC knows: a call begins with its request, not with a handshake."""
+        return self._connection.channel.get_state() is grpc.ChannelConnectivity.READY
+
+    @property
     def stub(self) -> FramedStoreStub:
         return self._connection.stub
 

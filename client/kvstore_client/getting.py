@@ -42,9 +42,9 @@ class Gets:
     async def get(
         self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
         limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None, first_chunk: bytes = b"",
-    ) -> tuple[KVArray, int]:  # fmt: skip
-        """See AsyncNamespace.get. `refs`: at least one; `key`: where the prompt is placed; `out` is sliceable.
-        `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`.
+    ) -> tuple[KVArray, int, str]:  # fmt: skip
+        """See AsyncNamespace.get, and Restored for the reason. `refs`: at least one; `key`: where the prompt is placed;
+        `out` is sliceable. `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`.
 
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
@@ -65,7 +65,7 @@ class Gets:
         except KvClientError as error:
             self._session.forgive("get", error)
             self._session.count_miss(error.code.value)
-            return codec.token_slice(asked.room(()), 0, 0), 0
+            return codec.token_slice(asked.room(()), 0, 0), 0, error.code.value
         got = answer if isinstance(answer, Got) else await self._fetched(
             node, answer, asked, limit, goal, refinement
         )  # fmt: skip
@@ -73,14 +73,17 @@ class Gets:
         if problem is not None:
             if isinstance(problem, ProfileMissing):
                 self._lost.add(got.chunks[got.fetched.chunks :])
-            self._session.metrics.failures.labels("get", problem.code.value).inc()
+            self._session.failed(node, "get", problem)
             self._session.forgive("get", problem)
+        reason = ""
         if got.fetched.chunks < len(refs):
-            self._session.count_miss(_reason(got, planned=goal is not None))
+            stopped = got.fetched.stopped
+            reason = _reason(got) if stopped is None else stopped.value
+            self._session.count_miss(reason if stopped is None else SLOWER)
         if refinement is not None and isinstance(answer, Hit):
             refinement.go_on(node, got.fetched.chunks, answer.lease, got.into, limit.seconds)
         tokens = sum(chunk.tokens for chunk in got.chunks[: got.fetched.chunks])
-        return codec.token_slice(got.into, 0, tokens), tokens
+        return codec.token_slice(got.into, 0, tokens), tokens, reason
 
     async def _fetched(
         self, node: Node, hit: Hit, asked: Asked, limit: Deadline, goal: Goal | None,
@@ -130,17 +133,18 @@ async def timed_lookup(
 ) -> Hit:  # fmt: skip
     """`lookup`, which tells how far away the node is."""
     began = time.monotonic()
+    connected = node.is_connected
     hit = await lookup(
         node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s, first_chunk=first_chunk
     )  # fmt: skip
-    session.peers[node.address].latency.observe(time.monotonic() - began)
-    return hit
+    now, peer = time.monotonic(), session.peers[node.address]
+    peer.latency.observe(now - began, connected=connected)
+    peer.link.answered(now - began, now)
+    return replace(hit, latency_s=peer.latency.expected)
 
 
-def _reason(got: Got, *, planned: bool) -> str:
-    """Why a get that brought less than all did."""
+def _reason(got: Got) -> str:
+    """Why a get that brought less than all did, where the planner had no part in it."""
     if got.fetched.error is not None:
         return got.fetched.error.code.value
-    if planned and got.chunks:
-        return SLOWER
     return QUALITY if got.fetched.chunks == len(got.chunks) < got.stored else ABSENT

@@ -146,15 +146,15 @@ class AsyncNamespace:
         refinement = AsyncRefinement(self._session, self._part_layout) if refine else None
         with self._session.timed("get"):
             if refs:
-                kv, tokens = await self._gets.get(
+                kv, tokens, reason = await self._gets.get(
                     refs, self._placement_key(prompt), wanted, floor, out, limit, goal, refinement,
                     prompt[0].hash if first_token else b"",
                 )  # fmt: skip
             else:
-                kv, tokens = codec.token_slice(codec.empty(self._part_layout, 0) if out is None else out, 0, 0), 0
+                kv, tokens, reason = codec.token_slice(self._empty() if out is None else out, 0, 0), 0, ""
         self._session.metrics.tokens_hit.inc(tokens)
         self._session.metrics.tokens_missed.inc(tokens_asked - tokens)
-        return Restored(kv, tokens, refinement)
+        return Restored(kv, tokens, refinement, reason)
 
     async def prefetch(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, deadline: float | None = None
@@ -335,6 +335,9 @@ class AsyncNamespace:
         limit = self._session.begin(deadline)
         with self._session.timed("load_profile"):
             return await self._profiles.load(profile_id, limit)
+
+    def _empty(self) -> KVArray:
+        return codec.empty(self._part_layout, 0)
 
     def _refs(self, token_ids: TokenIds) -> list[ChunkRef]:
         """Raises LayoutError for what are no tokens, InvalidArgument for an engine's hashes that do not fit."""

@@ -69,8 +69,8 @@ class AsyncPartsNamespace:
             )
             for each, place in zip(self._namespaces, self._slices, strict=True)
         )  # fmt: skip
-        tokens = min(part.n for part in restored)
-        return Restored(codec.token_slice(out, 0, tokens), tokens)
+        shortest = min(restored, key=lambda part: part.n)
+        return Restored(codec.token_slice(out, 0, shortest.n), shortest.n, reason=shortest.reason)
 
     def speeds(self) -> dict[str, Speeds]:
         """As of one of the parts: they are read side by side, over the same network."""
@@ -155,7 +155,8 @@ def _hit_of(hits: Sequence[Hit]) -> Hit:
     if len(leases) == len(hits) and len({each.node for each in leases}) == 1:  # else they run out by themselves
         ids = tuple(lease_id for each in leases for lease_id in each.ids)
         lease = Lease(ids, min(each.duration_ms for each in leases), leases[0].node)
-    return Hit(chunks[-1].first_token + chunks[-1].tokens if chunks else 0, chunks, lease)
+    tokens = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
+    return Hit(tokens, chunks, lease, max(hit.latency_s for hit in hits))
 
 
 def _chunk_of(parts: Sequence[ChunkHit]) -> ChunkHit:

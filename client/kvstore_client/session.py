@@ -21,7 +21,14 @@ import kvstore_codec as codec
 from kvstore_client.background import BackgroundPuts
 from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline, checked_seconds
-from kvstore_client.errors import ClientClosed, DeadlineExceeded, ErrorCode, KvClientError
+from kvstore_client.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    ErrorCode,
+    KvClientError,
+    ServerFailed,
+    Unavailable,
+)  # fmt: skip
 from kvstore_client.metrics import OncePerReason, client_metrics
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
@@ -102,12 +109,20 @@ class Session:
             except KvClientError as error:
                 if isinstance(error, DeadlineExceeded):
                     self.connections.unanswered(node, began_s)
+                    self.peers[node.address].link.trust()
                 else:
                     self.connections.answered(node)
-                self.metrics.failures.labels(call, error.code.value).inc()
+                self.failed(node, call, error)
                 if left == 1 or self._closed or not worth_another_node(error):
                     raise
         raise AssertionError("a target has at least one seed")
+
+    def failed(self, node: Node, call: str, error: KvClientError) -> None:
+        """Counts what a call at one node failed by. Where the node was away, gets that gave it up just before met that,
+        and no slow link."""
+        self.metrics.failures.labels(call, error.code.value).inc()
+        if isinstance(error, Unavailable | ServerFailed):
+            self.peers[node.address].link.trust()
 
     def forgive(self, call: str, error: KvClientError) -> None:
         """Logs what a call failed by, or raises it where the client is strict."""

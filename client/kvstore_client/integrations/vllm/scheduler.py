@@ -201,6 +201,8 @@ class SchedulerSide:
             decision = self._planner.decide(found, computed, len(tracked.request.prompt_token_ids))
         if found.tokens > computed:
             self._metrics.count("plans", decision.choice)
+        if decision.reason:
+            self._metrics.count("computes", decision.reason)
         tracked.decided = computed, decision
         return decision
 
