@@ -42,9 +42,11 @@ class Gets:
     async def get(
         self, refs: Sequence[ChunkRef], key: bytes, wanted: Quality, floor: Quality, out: KVArray | None,
         limit: Deadline, goal: Goal | None, refinement: AsyncRefinement | None = None, first_chunk: bytes = b"",
+        first_node: str = "",
     ) -> tuple[KVArray, int, str]:  # fmt: skip
         """See AsyncNamespace.get, and Restored for the reason. `refs`: at least one; `key`: where the prompt is placed;
-        `out` is sliceable. `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`.
+        `out` is sliceable. `first_chunk`: hash of the prompt's first chunk, where it is not among `refs`. `first_node`:
+        the node that is asked first.
 
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         lease_ms = min(int(limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
@@ -61,7 +63,7 @@ class Gets:
             )  # fmt: skip
 
         try:
-            node, answer = await self._session.attempt("get", key, limit, ask)
+            node, answer = await self._session.attempt("get", key, limit, ask, first_node)
         except KvClientError as error:
             self._session.forgive("get", error)
             self._session.count_miss(error.code.value)

@@ -107,7 +107,7 @@ class AsyncNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False, node: str = "",
         deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
@@ -120,6 +120,9 @@ class AsyncNamespace:
 
         `first_token`: a multiple of chunk_tokens; what is before it the caller has. `kv`, `n` and `out` are then of the
         tokens from there on, and whether the chunks before are stored makes no difference.
+
+        `node`: the address of the node to ask first, such as that of a lookup's answer (`hit.lease.node`); without it,
+        the prompt's own.
 
         With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
         that leaves the rest in time, and no more chunks where recomputing the rest is faster.
@@ -148,7 +151,7 @@ class AsyncNamespace:
             if refs:
                 kv, tokens, reason = await self._gets.get(
                     refs, self._placement_key(prompt), wanted, floor, out, limit, goal, refinement,
-                    prompt[0].hash if first_token else b"",
+                    prompt[0].hash if first_token else b"", node,
                 )  # fmt: skip
             else:
                 kv, tokens, reason = codec.token_slice(self._empty() if out is None else out, 0, 0), 0, ""

@@ -53,7 +53,7 @@ class AsyncPartsNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, node: str = "", deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): as far as every part came. Where a plan is asked for, each part follows its own, by what it measures
         beside the others."""
@@ -65,7 +65,7 @@ class AsyncPartsNamespace:
         restored = await _all(
             each.get(
                 token_ids, quality=quality, min_quality=min_quality, out=_part_of(out, *place), first_token=first_token,
-                ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+                ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, node=node, deadline=deadline,
             )
             for each, place in zip(self._namespaces, self._slices, strict=True)
         )  # fmt: skip

@@ -29,6 +29,7 @@ from kvstore_client.errors import (
     ServerFailed,
     Unavailable,
 )  # fmt: skip
+from kvstore_client.failover import Failover
 from kvstore_client.metrics import OncePerReason, client_metrics
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
@@ -52,6 +53,7 @@ class Session:
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
         self.connections = Connections(seeds, transport, self._bulk_failed, tls)
+        self.failover = Failover(lambda node, state: self.metrics.circuit_changes.labels(node, state).inc())
         self.profiles = ProfileShelf(
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip
@@ -94,28 +96,42 @@ class Session:
         return Deadline(checked_seconds(deadline_s))
 
     async def attempt(
-        self, call: str, key: bytes, deadline: Deadline, function: Callable[[Node, float], Awaitable[R]]
-    ) -> tuple[Node, R]:
-        """`function(node, timeout in seconds)` at the best node for `key`, or at the next where it does not answer.
+        self, call: str, key: bytes, deadline: Deadline, function: Callable[[Node, float], Awaitable[R]],
+        first: str = "",
+    ) -> tuple[Node, R]:  # fmt: skip
+        """`function(node, timeout in seconds)` at the best node for `key`, or at the next where it does not answer; one
+        that has been failing is asked last. `first`: address of the node to begin with instead.
 
         Raises the last error."""
-        nodes = list(self.connections.ranked(key))
-        for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
-            began_s = time.monotonic()
+        nodes = sorted(self.connections.ranked(key), key=lambda node: node.address != first)  # stable
+        last: KvClientError | None = None
+        for node, sharing in self.failover.turns(nodes):
             try:
-                result = await function(node, timeout_s(deadline, left))
-                self.connections.answered(node)
-                return node, result
+                return node, await self._ask(node, function, timeout_s(deadline, sharing))
             except KvClientError as error:
-                if isinstance(error, DeadlineExceeded):
-                    self.connections.unanswered(node, began_s)
-                    self.peers[node.address].link.trust()
-                else:
-                    self.connections.answered(node)
                 self.failed(node, call, error)
-                if left == 1 or self._closed or not worth_another_node(error):
+                if self._closed or not worth_another_node(error):
                     raise
-        raise AssertionError("a target has at least one seed")
+                last = error
+        assert last is not None, "a target has at least one seed"
+        raise last
+
+    async def _ask(self, node: Node, function: Callable[[Node, float], Awaitable[R]], seconds: float) -> R:
+        """Raises KvClientError, of which all who judge the node have been told."""
+        began_s = time.monotonic()
+        try:
+            result = await function(node, seconds)
+        except KvClientError as error:
+            self.failover.failed(node, error)
+            if isinstance(error, DeadlineExceeded):
+                self.connections.unanswered(node, began_s)
+                self.peers[node.address].link.trust()
+            else:
+                self.connections.answered(node)
+            raise
+        self.failover.answered(node)
+        self.connections.answered(node)
+        return result
 
     def failed(self, node: Node, call: str, error: KvClientError) -> None:
         """Counts what a call at one node failed by. Where the node was away, gets that gave it up just before met that,

@@ -140,7 +140,7 @@ class WorkerSide:
         cache = self._namespaces.of(load.key)
         restored = cache.get(
             load.tokens, min_quality=self._config.quality, out=PagedKV(self._caches, blocks, len(load.tokens) - first),
-            first_token=first, deadline=self._config.deadline_s, **goal,
+            first_token=first, node=load.node, deadline=self._config.deadline_s, **goal,
         )  # fmt: skip
         self._metrics.observe("load_seconds", time.monotonic() - began_s)
         return _Loaded(first + restored.n, cache.speeds(), restored.reason)
