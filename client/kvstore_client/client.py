@@ -127,19 +127,20 @@ class Namespace:
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False, node: str = "",
         deadline: float | None = None,
     ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix; n is 0 on a miss."""
         gets, loop = self._async.gets, _loop()
         call = gets.called(
             token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
-            prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
+            prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, node=node, deadline=deadline,
         )  # fmt: skip
         restored = gets.get_directly(call, loop)
         if restored is None:
             restored = _run(gets.get(call))
-        return Restored(restored.kv, restored.n, Refinement(restored.refinement) if refine else None)
+        refinement = Refinement(restored.refinement) if refine else None
+        return Restored(restored.kv, restored.n, refinement, restored.reason)
 
     def plan(
         self, token_ids: TokenIds, *, ttft: float, prefill_tokens_per_s: float | PrefillSeconds,
@@ -248,16 +249,16 @@ class PartsNamespace:
     def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, node: str = "", deadline: float | None = None,
     ) -> Restored[Refinement]:  # fmt: skip
         """(kv, n): as far as every part came."""
         restored = _run(
             self._async.get(
                 token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
-                prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+                prefill_tokens_per_s=prefill_tokens_per_s, node=node, deadline=deadline,
             )
         )  # fmt: skip
-        return Restored(restored.kv, restored.n)
+        return Restored(restored.kv, restored.n, reason=restored.reason)
 
     def speeds(self) -> dict[str, Speeds]:
         """See AsyncPartsNamespace.speeds."""

@@ -69,6 +69,11 @@ class Node:
         self._connection = connect()
 
     @property
+    def is_connected(self) -> bool:
+        """As far as gRPC knows: a call begins with its request, not with a handshake."""
+        return self._connection.channel.get_state() is grpc.ChannelConnectivity.READY
+
+    @property
     def stub(self) -> FramedStoreStub:
         return self._connection.stub
 
@@ -126,9 +131,9 @@ class Connections:
             self._nodes[seed] = Node(seed, partial(self._connect, seed))
         return self._nodes[seed]
 
-    def best(self, key: bytes) -> Node | None:
-        """The first of `ranked`, unless no call has gone there yet. Any thread may ask."""
-        return self._nodes.get(next(iter(rank(self._seeds, key))))
+    def known(self, key: bytes) -> list[Node | None]:
+        """As `ranked`; None where no call has gone yet. Any thread may ask."""
+        return [self._nodes.get(seed) for seed in rank(self._seeds, key)]
 
     def _connect(self, seed: str) -> _Connection:
         channel = self._channel(seed)

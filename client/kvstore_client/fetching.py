@@ -26,6 +26,7 @@ from kvstore_client.errors import (
     from_codec,
 )  # fmt: skip
 from kvstore_client.pace import Timing
+from kvstore_client.planner.controller import Stop
 from kvstore_client.results import ChunkHit
 from kvstore_client.transports.blob import Blob
 from kvstore_client.transports.transfer import Fetch
@@ -42,10 +43,12 @@ Keep = Callable[[ChunkHit, memoryview, "Profile | None"], None]
 
 @dataclass
 class Fetched:
-    """How far a fetch came: intact chunks, and what ended it before the last one (None: nothing was wrong)."""
+    """How far a fetch came: intact chunks, and what ended it before the last one (None: nothing was wrong). `stopped`:
+    why the planner left some to the engine."""
 
     chunks: int = 0
     error: KvClientError | None = None
+    stopped: Stop | None = None
 
 
 async def fetch(
@@ -65,7 +68,8 @@ async def fetch(
     coder = DeadlineCoder(deadline)
     async with AsyncExitStack() as fetches:
         try:
-            objects = _objects(node, wanted, lease_ids, deadline, count_received, fetches, confirms)
+            begun_anew = (lambda: None) if timing is None else timing.begin
+            objects = _objects(node, wanted, lease_ids, deadline, count_received, begun_anew, fetches, confirms)
             async with (
                 aclosing(objects) as objects,
                 aclosing(objects if timing is None else timing.objects(objects)) as timed,
@@ -110,7 +114,8 @@ async def fetch(
 
 async def _objects(
     node: Node, wanted: Wanted, lease_ids: Sequence[bytes], deadline: Deadline,
-    count_received: Callable[[int], None], fetches: AsyncExitStack, confirms: list[Callable[[], Awaitable[None]]],
+    count_received: Callable[[int], None], begun_anew: Callable[[], None], fetches: AsyncExitStack,
+    confirms: list[Callable[[], Awaitable[None]]],
 ) -> AsyncGenerator[Blob, None]:  # fmt: skip
     """Whole objects in the order of `wanted.chunks`; ends early where the node has no more. `fetches` closes what is
     open at the end, `confirms` are to be called when all of it has been decoded."""
@@ -118,7 +123,7 @@ async def _objects(
         first_chunk = wanted.first_chunk or (wanted.chunks[0].hash if first else b"")
         part = replace(wanted, chunks=wanted.chunks[first : first + HASHES_MAX], first_chunk=first_chunk)
         lease_id = lease_ids[number] if number < len(lease_ids) else b""
-        asked = Fetch(node, part, lease_id, deadline, count_received)
+        asked = Fetch(node, part, lease_id, deadline, count_received, begun_anew)
         fetches.push_async_callback(asked.aclose)
         confirms.append(asked.confirm)
         came = 0

@@ -51,11 +51,20 @@ class GetCall(NamedTuple):
     limit: Deadline
     goal: Goal | None
     refine: bool
+    node: str  # to ask first, by its address; "": the prompt's own
 
     @property
     def first_chunk(self) -> bytes:
         """Hash of the prompt's first chunk, where it is not among `refs`."""
         return self.prompt[0].hash if self.first_token and self.prompt else b""
+
+
+class Came(NamedTuple):
+    """`tokens` of a get are in `into`; `reason`: as of Restored."""
+
+    into: KVArray
+    tokens: int = 0
+    reason: str = ""
 
 
 class Gets:
@@ -74,7 +83,7 @@ class Gets:
     def called(
         self, token_ids: TokenIds, *, quality: str | Quality | None, min_quality: str | Quality, out: KVArray | None,
         first_token: int, ttft: float | None, prefill_tokens_per_s: float | PrefillSeconds | None, refine: bool,
-        deadline: float | None,
+        node: str, deadline: float | None,
     ) -> GetCall:  # fmt: skip
         """A get that is called now. Raises LayoutError (shape, dtype), InvalidArgument, ClientClosed."""
         limit = self._session.begin(deadline)
@@ -90,7 +99,7 @@ class Gets:
             out = sliceable(out, self._part_layout)
             room = codec.token_count(out, self._part_layout)
             refs = [ref for ref in refs if ref.first_token + ref.tokens - first_token <= room]
-        return GetCall(prompt, refs, tokens, first_token, wanted, floor, out, limit, goal, refine)
+        return GetCall(prompt, refs, tokens, first_token, wanted, floor, out, limit, goal, refine, node)
 
     async def get(self, call: GetCall) -> Restored[AsyncRefinement]:
         """See AsyncNamespace.get.
@@ -98,36 +107,37 @@ class Gets:
         A get that is to be refined, or follows a plan, looks up first: it needs the lease, or has to choose."""
         refinement = AsyncRefinement(self._session, self._part_layout) if call.refine else None
         with self._session.timed("get"):
-            into, tokens = await self._get(call, refinement) if call.refs else (self._asked(call).room(()), 0)
-        return self._restored(call, into, tokens, refinement)
+            came = await self._get(call, refinement) if call.refs else Came(self._asked(call).room(()))
+        return self._restored(call, came, refinement)
 
     def get_directly(self, call: GetCall, loop: asyncio.AbstractEventLoop) -> Restored[AsyncRefinement] | None:
         """`get` in the calling thread, over a connection that lies ready; `loop` is the client's. None where there is
         none, where there is more to it than one request, or where it is worth asking again: then `get` is to follow."""
         if call.goal is not None or call.refine or not 0 < len(call.refs) <= HASHES_MAX:
             return None
-        connections, began = self._session.connections, time.perf_counter()
-        node = connections.best(self._key_of(call.prompt))
-        if node is None:
+        session, asked, began_s = self._session, self._asked(call), time.monotonic()
+        at_hand = session.at_hand(self._key_of(call.prompt), call.node)
+        if at_hand is None:
             return None
-        asked = self._asked(call)
+        node, sharing = at_hand
         try:
-            found_by = Deadline(timeout_s(call.limit, len(connections.seeds)))
+            found_by = Deadline(timeout_s(call.limit, sharing))
             got = direct_get(node, asked, self._tools(node, call.limit, loop), found_by, call.limit)
         except KvClientError as error:
+            loop.call_soon_threadsafe(session.unanswered, node, error, began_s)
             if worth_another_node(error):
                 return None
-            self._session.metrics.failures.labels("get", error.code.value).inc()
-            got, tokens = None, self._missed(error)
+            session.failed(node, "get", error)
+            came = self._missed(asked, error)
         else:
             if got is None:
                 return None
-            tokens = self._came(got, call)
-        connections.answered(node)
-        self._session.metrics.seconds.labels("get").observe(time.perf_counter() - began)
-        return self._restored(call, asked.room(()) if got is None else got.into, tokens, None)
+            session.answered(node)
+            came = self._came(node, got, call)
+        session.metrics.seconds.labels("get").observe(time.monotonic() - began_s)
+        return self._restored(call, came, None)
 
-    async def _get(self, call: GetCall, refinement: AsyncRefinement | None) -> tuple[KVArray, int]:
+    async def _get(self, call: GetCall, refinement: AsyncRefinement | None) -> Came:
         asked, limit = self._asked(call), call.limit
 
         async def ask(node: Node, seconds: float) -> Got | Hit:
@@ -142,16 +152,16 @@ class Gets:
             )  # fmt: skip
 
         try:
-            node, answer = await self._session.attempt("get", self._key_of(call.prompt), limit, ask)
+            node, answer = await self._session.attempt("get", self._key_of(call.prompt), limit, ask, call.node)
         except KvClientError as error:
-            return asked.room(()), self._missed(error)
+            return self._missed(asked, error)
         got = answer if isinstance(answer, Got) else await self._fetched(
             node, answer, asked, limit, call.goal, refinement
         )  # fmt: skip
-        tokens = self._came(got, call)
+        came = self._came(node, got, call)
         if refinement is not None and isinstance(answer, Hit):
             refinement.go_on(node, got.fetched.chunks, answer.lease, got.into, limit.seconds)
-        return got.into, tokens
+        return came
 
     def _asked(self, call: GetCall) -> Asked:
         lease_ms = min(int(call.limit.remaining() * 1000) + LEASE_MARGIN_MS, LEASE_MS_MAX)
@@ -165,30 +175,31 @@ class Gets:
             session.executor, session.threads, self._planner.timing(node), self._profile_of(node, limit), loop
         )  # fmt: skip
 
-    def _missed(self, error: KvClientError) -> int:
-        """No tokens, for this reason; raised where the client is strict."""
+    def _missed(self, asked: Asked, error: KvClientError) -> Came:
+        """Nothing, for this reason; raised where the client is strict."""
         self._session.forgive("get", error)
         self._session.count_miss(error.code.value)
-        return 0
+        return Came(asked.room(()), 0, error.code.value)
 
-    def _came(self, got: Got, call: GetCall) -> int:
-        """The tokens that are there. Counts what is not, and raises it where the client is strict."""
+    def _came(self, node: Node, got: Got, call: GetCall) -> Came:
+        """What is there. Counts what is not, and raises it where the client is strict."""
         problem = got.fetched.error
         if problem is not None:
             if isinstance(problem, ProfileMissing):
                 self._lost.add(got.chunks[got.fetched.chunks :])
-            self._session.metrics.failures.labels("get", problem.code.value).inc()
+            self._session.failed(node, "get", problem)
             self._session.forgive("get", problem)
+        reason = ""
         if got.fetched.chunks < len(call.refs):
-            self._session.count_miss(_reason(got, planned=call.goal is not None))
-        return sum(chunk.tokens for chunk in got.chunks[: got.fetched.chunks])
+            stopped = got.fetched.stopped
+            reason = _reason(got) if stopped is None else stopped.value
+            self._session.count_miss(reason if stopped is None else SLOWER)
+        return Came(got.into, sum(chunk.tokens for chunk in got.chunks[: got.fetched.chunks]), reason)
 
-    def _restored(
-        self, call: GetCall, into: KVArray, tokens: int, refinement: AsyncRefinement | None
-    ) -> Restored[AsyncRefinement]:
-        self._session.metrics.tokens_hit.inc(tokens)
-        self._session.metrics.tokens_missed.inc(call.tokens - tokens)
-        return Restored(codec.token_slice(into, 0, tokens), tokens, refinement)
+    def _restored(self, call: GetCall, came: Came, refinement: AsyncRefinement | None) -> Restored[AsyncRefinement]:
+        self._session.metrics.tokens_hit.inc(came.tokens)
+        self._session.metrics.tokens_missed.inc(call.tokens - came.tokens)
+        return Restored(codec.token_slice(came.into, 0, came.tokens), came.tokens, refinement, came.reason)
 
     async def _fetched(
         self, node: Node, hit: Hit, asked: Asked, limit: Deadline, goal: Goal | None,
@@ -238,17 +249,18 @@ async def timed_lookup(
 ) -> Hit:  # fmt: skip
     """`lookup`, which tells how far away the node is."""
     began = time.monotonic()
+    connected = node.is_connected
     hit = await lookup(
         node, layout, part, refs, lease_ms=lease_ms, timeout_s=timeout_s, first_chunk=first_chunk
     )  # fmt: skip
-    session.peers[node.address].latency.observe(time.monotonic() - began)
-    return hit
+    now, peer = time.monotonic(), session.peers[node.address]
+    peer.latency.observe(now - began, connected=connected)
+    peer.link.answered(now - began, now)
+    return replace(hit, latency_s=peer.latency.expected)
 
 
-def _reason(got: Got, *, planned: bool) -> str:
-    """Why a get that brought less than all did."""
+def _reason(got: Got) -> str:
+    """Why a get that brought less than all did, where the planner had no part in it."""
     if got.fetched.error is not None:
         return got.fetched.error.code.value
-    if planned and got.chunks:
-        return SLOWER
     return QUALITY if got.fetched.chunks == len(got.chunks) < got.stored else ABSENT

@@ -37,6 +37,14 @@ class ClientMetrics:
             "kvstore_client_failures", "Attempts of a call at one node that failed, by reason.",
             ("call", "reason"), registry=registry,
         )  # fmt: skip
+        self.circuit_changes = Counter(
+            "kvstore_client_circuit_changes", "Of several nodes: one asked behind the others (open) or not (closed).",
+            ("node", "state"), registry=registry,
+        )  # fmt: skip
+        self.planner_stops = Counter(
+            "kvstore_client_planner_stops", "Gets of which the planner left something to the engine, by reason.",
+            ("reason",), registry=registry,
+        )  # fmt: skip
         tokens = Counter(
             "kvstore_client_tokens", "Tokens of gets, restored (hit) or left to recompute (miss).",
             ("outcome",), registry=registry,

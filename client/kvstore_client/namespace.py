@@ -108,7 +108,7 @@ class AsyncNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, refine: bool = False, node: str = "",
         deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): the KV of the longest intact stored prefix, n tokens; n is 0 on a miss.
@@ -122,6 +122,9 @@ class AsyncNamespace:
         `first_token`: a multiple of chunk_tokens; what is before it the caller has. `kv`, `n` and `out` are then of the
         tokens from there on, and whether the chunks before are stored makes no difference.
 
+        `node`: the address of the node to ask first, such as that of a lookup's answer (`hit.lease.node`); without it,
+        the prompt's own.
+
         With `ttft` and `prefill_tokens_per_s` (see `plan`) it follows the planner: each chunk at the finest quality
         that leaves the rest in time, and no more chunks where recomputing the rest is faster.
 
@@ -134,7 +137,7 @@ class AsyncNamespace:
         return await self.gets.get(
             self.gets.called(
                 token_ids, quality=quality, min_quality=min_quality, out=out, first_token=first_token, ttft=ttft,
-                prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, deadline=deadline,
+                prefill_tokens_per_s=prefill_tokens_per_s, refine=refine, node=node, deadline=deadline,
             )
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 
+from kvstore_client.errors import DeadlineExceeded
 from kvstore_client.planner.controller import Controller
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.planner.refine import Refine
@@ -29,11 +30,17 @@ class Timing:
         self._peer, self._decode, self._sizes, self._count_received = peer, decode, sizes, count_received
         self._object_bytes = 0  # received since the last whole object
         self._last = 0.0  # when that came, or was asked for
+        self._heard = 0.0  # when its last bytes came since
         self._first = True  # of its request
 
     def received(self, size_bytes: int) -> None:
         self._count_received(size_bytes)
         self._object_bytes += size_bytes
+        self._heard = self.clock()
+
+    def begin(self) -> None:
+        """A request goes out now; also one that is made again, over another connection."""
+        self._last, self._first, self._object_bytes = self.clock(), True, 0
 
     def answered(self, seconds: float) -> None:
         """A node has told what it holds. Called in any thread, as is `came`."""
@@ -51,7 +58,7 @@ class Timing:
 
     async def objects(self, objects: AsyncGenerator[Blob, None]) -> AsyncGenerator[Blob, None]:
         """`objects`, timed; ends earlier where this fetch is not to go on."""
-        self._last, self._first, self._object_bytes = self.clock(), True, 0
+        self.begin()
         going_on = True
         while going_on:
             asked = self.clock()
@@ -71,6 +78,13 @@ class Timing:
         if self._first:  # the request travelled meanwhile; but a latency that is an estimate never explains all of it
             return max(seconds - self._peer.latency.expected, seconds / 2)
         return seconds
+
+    def _coming(self) -> tuple[int, float, float, float]:
+        """Of the object on its way: the bytes that have come, in how many seconds, the time, and how long ago the last
+        of them came."""
+        now = self.clock()
+        seconds = self._seconds(now)
+        return self._object_bytes, seconds, now, min(seconds, now - max(self._heard, self._last))
 
     async def _next(self, objects: AsyncGenerator[Blob, None]) -> Blob | None:
         return await anext(objects, None)
@@ -98,11 +112,14 @@ class Pace(Timing):
                 await asyncio.wait([coming], timeout=max(0.0, self._controller.give_up_at - self.clock()))
                 if coming.done():
                     return coming.result()
-                now = self.clock()
-                if now >= self._controller.give_up_at and not self._controller.late(
-                    self._object_bytes, self._seconds(now), now
-                ):
+                if self.clock() >= self._controller.give_up_at and not self._controller.late(*self._coming()):
                     return None
+        except DeadlineExceeded:
+            self._controller.overdue(*self._coming())
+            raise
+        except BaseException:  # a fault; or the call was cancelled
+            self._controller.broken()
+            raise
         finally:
             if not coming.done():
                 coming.cancel()

@@ -53,7 +53,7 @@ class AsyncPartsNamespace:
     async def get(
         self, token_ids: TokenIds, *, quality: str | Quality | None = None, min_quality: str | Quality = "low",
         out: KVArray | None = None, first_token: int = 0, ttft: float | None = None,
-        prefill_tokens_per_s: float | PrefillSeconds | None = None, deadline: float | None = None,
+        prefill_tokens_per_s: float | PrefillSeconds | None = None, node: str = "", deadline: float | None = None,
     ) -> Restored[AsyncRefinement]:  # fmt: skip
         """(kv, n): as far as every part came. Where a plan is asked for, each part follows its own, by what it measures
         beside the others."""
@@ -65,12 +65,12 @@ class AsyncPartsNamespace:
         restored = await _all(
             each.get(
                 token_ids, quality=quality, min_quality=min_quality, out=_part_of(out, *place), first_token=first_token,
-                ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, deadline=deadline,
+                ttft=ttft, prefill_tokens_per_s=prefill_tokens_per_s, node=node, deadline=deadline,
             )
             for each, place in zip(self._namespaces, self._slices, strict=True)
         )  # fmt: skip
-        tokens = min(part.n for part in restored)
-        return Restored(codec.token_slice(out, 0, tokens), tokens)
+        shortest = min(restored, key=lambda part: part.n)
+        return Restored(codec.token_slice(out, 0, shortest.n), shortest.n, reason=shortest.reason)
 
     def speeds(self) -> dict[str, Speeds]:
         """As of one of the parts: they are read side by side, over the same network."""
@@ -155,7 +155,8 @@ def _hit_of(hits: Sequence[Hit]) -> Hit:
     if len(leases) == len(hits) and len({each.node for each in leases}) == 1:  # else they run out by themselves
         ids = tuple(lease_id for each in leases for lease_id in each.ids)
         lease = Lease(ids, min(each.duration_ms for each in leases), leases[0].node)
-    return Hit(chunks[-1].first_token + chunks[-1].tokens if chunks else 0, chunks, lease)
+    tokens = chunks[-1].first_token + chunks[-1].tokens if chunks else 0
+    return Hit(tokens, chunks, lease, max(hit.latency_s for hit in hits))
 
 
 def _chunk_of(parts: Sequence[ChunkHit]) -> ChunkHit:

@@ -87,7 +87,8 @@ class NamespacePlanner:
         qualities no better than `wanted.quality`. A request begins when what came with the one before it is decoded;
         what came coarsely is improved in the time that is left."""
         peer = self._session.peers[node.address]
-        controller = self._controller(goal, peer, wanted.chunks, wanted.quality, wanted.min_quality)
+        spent_s = time.monotonic() - goal.began
+        controller = self._controller(goal, peer, wanted.chunks, wanted.quality, wanted.min_quality, spent_s)
         pace = Pace(controller, peer, self._decode, self._sizes, self._session.metrics.bytes_received.inc)
         end = codec.token_count(into, self._layout)
         total = Fetched()
@@ -113,13 +114,17 @@ class NamespacePlanner:
 
             if not await improve(refine, refine_pace):
                 break
+        if total.error is None and (stopped := controller.stopped) is not None:
+            total.stopped = stopped
+            self._session.metrics.planner_stops.labels(stopped.value).inc()
         return total
 
     def _controller(
-        self, goal: Goal, peer: PeerEstimates, chunks: Sequence[ChunkHit], best: Quality, floor: Quality
-    ) -> Controller:
+        self, goal: Goal, peer: PeerEstimates, chunks: Sequence[ChunkHit], best: Quality, floor: Quality,
+        spent_s: float = 0.0,
+    ) -> Controller:  # fmt: skip
         task = task_of(goal, chunks, self._layout, self._sizes, best, floor)
-        return Controller(task, peer, self._decode, goal.began)
+        return Controller(task, peer, self._decode, goal.began, spent_s)
 
 
 def task_of(

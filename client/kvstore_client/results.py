@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from kvstore_client.errors import InvalidArgument
@@ -43,11 +43,13 @@ class Lease:
 
 @dataclass(frozen=True)
 class Hit:
-    """The longest stored prefix; all zero on a miss. `lease` is None where the node granted none."""
+    """The longest stored prefix; all zero on a miss. `lease` is None where the node granted none. `latency_s`: what the
+    node that answered takes for an answer, as known by now; the median of the last few."""
 
     tokens: int = 0
     chunks: tuple[ChunkHit, ...] = ()
     lease: Lease | None = None
+    latency_s: float = field(default=0.0, compare=False)
 
 
 class _KVAndTokens(NamedTuple):
@@ -56,13 +58,16 @@ class _KVAndTokens(NamedTuple):
 
 
 class Restored(_KVAndTokens, Generic[R]):
-    """What a get answers: `kv, n = cache.get(…)`. `refinement` is there where the get was asked to refine."""
+    """What a get answers: `kv, n = cache.get(…)`. `refinement` is there where the get was asked to refine. `reason`:
+    why it is less than all that was asked for, as kvstore_client_misses_total has it, or where the planner left
+    something to the engine kvstore_client_planner_stops_total; "" where it is all."""
 
+    reason: str
     _refinement: R | None
 
-    def __new__(cls, kv: KVArray, n: int, refinement: R | None = None) -> Self:
+    def __new__(cls, kv: KVArray, n: int, refinement: R | None = None, reason: str = "") -> Self:
         made = super().__new__(cls, kv, n)
-        made._refinement = refinement
+        made._refinement, made.reason = refinement, reason
         return made
 
     @property

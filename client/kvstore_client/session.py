@@ -22,7 +22,15 @@ import kvstore_codec as codec
 from kvstore_client.background import BackgroundPuts
 from kvstore_client.connection import Connections, Node, timeout_s, worth_another_node
 from kvstore_client.deadline import Deadline, checked_seconds
-from kvstore_client.errors import ClientClosed, DeadlineExceeded, ErrorCode, KvClientError
+from kvstore_client.errors import (
+    ClientClosed,
+    DeadlineExceeded,
+    ErrorCode,
+    KvClientError,
+    ServerFailed,
+    Unavailable,
+)  # fmt: skip
+from kvstore_client.failover import Failover
 from kvstore_client.metrics import OncePerReason, client_metrics
 from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.profile_shelf import ProfileShelf
@@ -46,6 +54,7 @@ class Session:
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
         self.connections = Connections(seeds, transport, self._bulk_failed, tls)
+        self.failover = Failover(lambda node, state: self.metrics.circuit_changes.labels(node, state).inc())
         self.profiles = ProfileShelf(
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip
@@ -90,27 +99,67 @@ class Session:
         return Deadline(checked_seconds(deadline_s))
 
     async def attempt(
-        self, call: str, key: bytes, deadline: Deadline, function: Callable[[Node, float], Awaitable[R]]
-    ) -> tuple[Node, R]:
-        """`function(node, timeout in seconds)` at the best node for `key`, or at the next where it does not answer.
+        self, call: str, key: bytes, deadline: Deadline, function: Callable[[Node, float], Awaitable[R]],
+        first: str = "",
+    ) -> tuple[Node, R]:  # fmt: skip
+        """`function(node, timeout in seconds)` at the best node for `key`, or at the next where it does not answer; one
+        that has been failing is asked last. `first`: address of the node to begin with instead.
 
         Raises the last error."""
-        nodes = list(self.connections.ranked(key))
-        for left, node in zip(range(len(nodes), 0, -1), nodes, strict=True):
-            began_s = time.monotonic()
+        nodes = sorted(self.connections.ranked(key), key=lambda node: node.address != first)  # stable
+        last: KvClientError | None = None
+        for node, sharing in self.failover.turns(nodes):
             try:
-                result = await function(node, timeout_s(deadline, left))
-                self.connections.answered(node)
-                return node, result
+                return node, await self._ask(node, function, timeout_s(deadline, sharing))
             except KvClientError as error:
-                if isinstance(error, DeadlineExceeded):
-                    self.connections.unanswered(node, began_s)
-                else:
-                    self.connections.answered(node)
-                self.metrics.failures.labels(call, error.code.value).inc()
-                if left == 1 or self._closed or not worth_another_node(error):
+                self.failed(node, call, error)
+                if self._closed or not worth_another_node(error):
                     raise
-        raise AssertionError("a target has at least one seed")
+                last = error
+        assert last is not None, "a target has at least one seed"
+        raise last
+
+    def at_hand(self, key: bytes, first: str = "") -> tuple[Node, int] | None:
+        """The node that `attempt` would begin with, and the number of those that are to share the time; None where no
+        call has gone there yet, or where it has been failing. Any thread may ask."""
+        nodes = self.connections.known(key)
+        at = next((at for at, node in enumerate(nodes) if node is not None and node.address == first), 0)
+        node = nodes.pop(at)
+        if node is None or (nodes and not self.failover.is_well(node)):
+            return None
+        return node, 1 + sum(other is None or self.failover.is_well(other) for other in nodes)
+
+    async def _ask(self, node: Node, function: Callable[[Node, float], Awaitable[R]], seconds: float) -> R:
+        """Raises KvClientError, of which all who judge the node have been told."""
+        began_s = time.monotonic()
+        try:
+            result = await function(node, seconds)
+        except KvClientError as error:
+            self.unanswered(node, error, began_s)
+            raise
+        self.answered(node)
+        return result
+
+    def answered(self, node: Node) -> None:
+        """Tells all who judge a node that a call to it went well. Any thread may."""
+        self.failover.answered(node)
+        self.connections.answered(node)
+
+    def unanswered(self, node: Node, error: KvClientError, began_s: float) -> None:
+        """Tells them what a call to it that began at `began_s` (monotonic) ended by."""
+        self.failover.failed(node, error)
+        if isinstance(error, DeadlineExceeded):
+            self.connections.unanswered(node, began_s)
+            self.peers[node.address].link.trust()
+        else:
+            self.connections.answered(node)
+
+    def failed(self, node: Node, call: str, error: KvClientError) -> None:
+        """Counts what a call at one node failed by. Where the node was away, gets that gave it up just before met that,
+        and no slow link."""
+        self.metrics.failures.labels(call, error.code.value).inc()
+        if isinstance(error, Unavailable | ServerFailed):
+            self.peers[node.address].link.trust()
 
     def forgive(self, call: str, error: KvClientError) -> None:
         """Logs what a call failed by, or raises it where the client is strict."""

@@ -8,6 +8,7 @@ stream: what follows it could not be used as a prefix.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from typing import Any
 
 import grpc
@@ -21,6 +22,9 @@ from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
 BATCH_BYTES = 4 << 20  # read at once, of what memory holds
+#: A stream begins with a piece of this size, and each next one is twice as large: a reader sees bytes by the piece,
+#: and may have to know soon how fast they come (docs/design/0034).
+FIRST_PIECE_BYTES = 1 << 16
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -49,10 +53,17 @@ async def fetch(
 
 async def _send(context: Context, index: int, stored: memoryview, stream_idle_s: float, metrics: StreamMetrics) -> None:
     with IdleLimit(stream_idle_s) as idle:
-        for offset in range(0, len(stored), DATA_BYTES_MAX):
-            data = stored[offset : offset + DATA_BYTES_MAX]
+        for offset, data in _pieces(stored, FIRST_PIECE_BYTES if index == 0 else DATA_BYTES_MAX):
             object_bytes = len(stored) if offset == 0 else 0
             head = pb.FetchResponse(chunk_index=index, object_bytes=object_bytes, offset=offset)
             await context.write(Framed(head, data))
             idle.progress()
             metrics.fetched_bytes.inc(len(data))
+
+
+def _pieces(stored: memoryview, size: int) -> Iterator[tuple[int, memoryview]]:
+    """(offset, piece): the first of `size` bytes, larger ones behind it; what is hardly larger in one."""
+    offset, size = 0, size if len(stored) > 4 * size else DATA_BYTES_MAX
+    while offset < len(stored):
+        yield offset, stored[offset : offset + size]
+        offset, size = offset + size, min(2 * size, DATA_BYTES_MAX)

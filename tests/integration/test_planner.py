@@ -4,6 +4,7 @@ would go past them."""
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from shaped_relay import ShapedRelay
 
 import kvstore_codec as codec
 from kvstore_client import AsyncClient, Client, InvalidArgument, KVLayout, PrefillCost, Quality
+from kvstore_client.fetching import Fetched
+from kvstore_client.planned import NamespacePlanner
 
 CHUNK, CHUNKS = 64, 12
 TOKENS = CHUNK * CHUNKS
@@ -251,3 +254,69 @@ def test_a_node_that_is_away_is_a_plan_to_recompute(registry: CollectorRegistry)
         plan = client.namespace(layout).plan(range(200), ttft=1.0, prefill_tokens_per_s=1000)
     assert plan.fetched_tokens == 0
     assert plan.ttft_s == pytest.approx(0.2)
+
+
+def test_a_first_get_of_a_new_client_fetches_though_connecting_takes_longer_than_a_try_may(
+    node: NodeProcess, relay: Callable[..., ShapedRelay], registry: CollectorRegistry
+) -> None:
+    """Each answer takes half a second: the handshake's, the lookup's, the first chunk's. A try may cost 1.3."""
+    layout, tokens, _ = stored(node)
+    computing_s = 32.5
+    link = relay(1e9, latency_s=0.5)
+    with Client(link.address, transport="grpc", strict=True, registry=registry, deadline=DEADLINE_S) as client:
+        _, n = client.namespace(layout).get(tokens, ttft=computing_s, prefill_tokens_per_s=TOKENS / computing_s)
+    assert n == TOKENS
+
+
+def test_a_node_that_fell_silent_is_fetched_from_soon_after_it_is_back(
+    node: NodeProcess, registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped after the lookups of a few gets in a row, which are given up without a byte. That says less of the
+    link than what came before and comes after."""
+    layout, tokens, _ = stored(node)
+    computing_s = 4.0
+    fetch = NamespacePlanner.fetch
+
+    async def fetch_of_a_stopped_node(*arguments: Any) -> Fetched:
+        node.process.send_signal(signal.SIGSTOP)
+        try:
+            return await fetch(*arguments)
+        finally:
+            node.process.send_signal(signal.SIGCONT)
+
+    with Client(node.address, strict=True, registry=registry, deadline=DEADLINE_S) as client:
+        cache = client.namespace(layout)
+
+        def get() -> tuple[int, str]:
+            restored = cache.get(tokens, ttft=computing_s, prefill_tokens_per_s=TOKENS / computing_s)
+            return restored.n, restored.reason
+
+        assert get() == (TOKENS, "")
+        with monkeypatch.context() as patched:
+            patched.setattr(NamespacePlanner, "fetch", fetch_of_a_stopped_node)
+            given_up = [get() for _ in range(4)]
+        assert given_up[:2] == [(0, "silent")] * 2
+        assert set(given_up) <= {(0, "silent"), (0, "doubted")}
+        began = time.monotonic()
+        while (got := get()) != (TOKENS, ""):
+            assert got == (0, "doubted")
+            assert time.monotonic() - began < 10
+    stops = registry.get_sample_value("kvstore_client_planner_stops_total", {"reason": "silent"})
+    assert stops == given_up.count((0, "silent"))
+
+
+def test_a_get_says_why_it_is_short(
+    node: NodeProcess, relay: Callable[..., ShapedRelay], registry: CollectorRegistry
+) -> None:
+    layout, tokens, _ = stored(node)
+    with Client(relay(4e6).address, transport="grpc", registry=registry, deadline=DEADLINE_S) as client:
+        cache = client.namespace(layout)
+        assert cache.get(tokens[: 2 * CHUNK]).reason == ""
+        assert cache.get([*tokens, *range(CHUNK)]).reason == "absent"
+        assert cache.get(tokens, min_quality="lossless").reason == "quality"
+        planned = cache.get(tokens, ttft=0.1, prefill_tokens_per_s=TOKENS / 0.1)
+        assert (planned.n, planned.reason) == (0, "slow")
+        patient = cache.get([*tokens, *range(CHUNK)], ttft=DEADLINE_S, prefill_tokens_per_s=SLOW_ENGINE)
+        assert (patient.n, patient.reason) == (TOKENS, "absent"), "the planner has left nothing of it"
+    assert registry.get_sample_value("kvstore_client_misses_total", {"reason": "slower"}) == 1
+    assert registry.get_sample_value("kvstore_client_planner_stops_total", {"reason": "slow"}) == 1

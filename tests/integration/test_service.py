@@ -67,6 +67,20 @@ def test_objects_of_many_messages(node: NodeProcess) -> None:
     assert kv.fetch(node.store, WIDE, [chunk.hash for chunk in chunks]) == [chunk.blob for chunk in chunks]
 
 
+def test_a_stream_begins_with_small_pieces(node: NodeProcess) -> None:
+    chunks = kv.chunks(WIDE, 2, seed=7)
+    kv.put(node.store, WIDE, chunks)
+    request = pb.FetchRequest(
+        namespace_id=WIDE.namespace_id, chunk_hashes=b"".join(chunk.hash for chunk in chunks), part=0
+    )
+    pieces: list[list[int]] = [[], []]
+    for message in node.store.Fetch(request):
+        pieces[message.head.chunk_index].append(len(message.data))
+    assert pieces[0][:5] == [1 << 16, 1 << 17, 1 << 18, 1 << 19, 1 << 20]
+    assert pieces[1][:2] == [DATA_BYTES_MAX] * 2
+    assert [sum(each) for each in pieces] == [len(chunk.blob) for chunk in chunks]
+
+
 def test_a_second_put_sends_nothing(node: NodeProcess) -> None:
     chunks = kv.chunks(LAYOUT, 3, seed=3)
     kv.put(node.store, LAYOUT, chunks)

@@ -23,8 +23,8 @@ _AHEAD_S = 0.005
 class ShapedRelay:
     """What a server at `port` answers comes at `bytes_per_s` and `latency_s` later; requests come at once.
 
-    `address`: where to connect to. `set_rate` changes the rate of all connections, 0 stalls them. One link: connections
-    share it."""
+    `address`: where to connect to. `set_rate` changes the rate of all connections, 0 stalls them; `set_latency` what
+    comes from then on. One link: connections share it."""
 
     def __init__(self, port: int, bytes_per_s: float, latency_s: float = 0.0) -> None:
         self._target, self._rate, self._latency_s = port, bytes_per_s, latency_s
@@ -38,6 +38,9 @@ class ShapedRelay:
 
     def set_rate(self, bytes_per_s: float) -> None:
         self._rate = bytes_per_s
+
+    def set_latency(self, latency_s: float) -> None:
+        self._latency_s = latency_s
 
     def close(self) -> None:
         self._closed.set()
@@ -56,7 +59,8 @@ class ShapedRelay:
             except OSError:
                 return
             client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER_BYTES)
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for each in (client, server):  # or a request in two pieces waits for an acknowledgement, 40 ms
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._sockets += [client, server]
             coming: queue.Queue[tuple[float, bytes] | None] = queue.Queue()
             for target, arguments in (

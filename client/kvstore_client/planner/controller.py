@@ -7,7 +7,11 @@ gained or lost is in the clock, so the next choice has it. When there is no step
 Most of the time the coarsest quality comes first, all of it: whatever the link does then costs quality and no deadline.
 
 Never slower than recomputing, by more than SLOWER_MAX: while chunk i is on its way, recomputing from i on is always
-there to fall back on, so a chunk is given up (`give_up_at`) when waiting longer would cost that.
+there to fall back on, so a chunk is given up (`give_up_at`) when waiting longer would cost that. What was spent before
+the controller is asked (`spent_s`: connecting, the lookup) is gone whatever it says, and no part of that.
+
+What a chunk that does not come tells of the link is decided when its end is known: given up while its bytes still came
+it is a measurement, given up in silence a doubt, broken off by a fault nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +19,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 
 from kvstore_client.planner.choose import Choice, Chunk, State, choose, ready_times
-from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates, Speeds, SpeedsAt, careful, expected
+from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates, Piece, Speeds, SpeedsAt, careful, expected
 from kvstore_client.planner.plan import Plan, PlannedChunk
 from kvstore_client.planner.refine import Refine, refinement
 from kvstore_codec import Quality
@@ -30,6 +35,19 @@ _WAIT_FACTOR = 1.2
 _MARGIN = 0.03
 #: How many times slower the link may become, at the worst moment, without costing the deadline.
 _DROP = 8.0
+#: Of the time that a chunk was waited for: who was silent for longer at its end may be gone. Where bytes come evenly
+#: but are only seen by the message, the last silence is shorter than the time before it.
+_SILENT_SHARE = 0.5
+
+
+class Stop(str, Enum):
+    """Why a get that followed the planner left some of what is stored to the engine; the `reason` of metrics."""
+
+    SLOW = "slow"  # not asked for: by what is measured, computing is sooner
+    DOUBTED = "doubted"  # not asked for: a get before it gave the peer up a moment ago
+    UNMEASURED = "unmeasured"  # not asked for: nothing is measured, and trying would take too long
+    LATE = "late"  # given up on its way: it came too slowly
+    SILENT = "silent"  # given up on its way: nothing came, or nothing more
 
 
 @dataclass(frozen=True)
@@ -53,16 +71,21 @@ class Step:
 
 
 class Controller:
-    """Of one get from one node. `now` is the estimates' clock, in seconds; the get begins when this is made."""
+    """Of one get from one node. `now` is the estimates' clock, in seconds; the get begins when this is made, or began
+    then and has spent `spent_s` on what it needed in any case. `stopped`: why it fetches no more."""
 
-    def __init__(self, task: Task, peer: PeerEstimates, decode: DecodeEstimates, now: float) -> None:
+    def __init__(
+        self, task: Task, peer: PeerEstimates, decode: DecodeEstimates, now: float, spent_s: float = 0.0
+    ) -> None:
         self._task, self._peer, self._decode = task, peer, decode
-        self.began = now
+        self.began, self._spent_s = now, spent_s
+        self.stopped: Stop | None = None
         self._state = State()
         self._step: Step | None = None
         self._wait_s = 0.0  # for the chunk on its way, since the begin
         self._slow = math.inf  # bytes a second of a chunk that is late
         self._given_up = False
+        self._supposed: list[Piece] = []  # what the link's estimate has of the chunk on its way
         self._held: list[Quality] = []  # of the chunks that are done
         self._coarsely = False  # the coarsest first: once begun so, all of it
 
@@ -84,12 +107,15 @@ class Controller:
         """The next request; None where the rest is to be recomputed, or there is no more."""
         self._state = replace(self._state, now=now - self.began, flowing=None)
         self._step = None if self._given_up or self.done == len(self._task.chunks) else self._next(now)
+        if self._step is None and self.done < len(self._task.chunks) and self.stopped is None:
+            self.stopped = self._why_not(now)
         return self._step
 
     def arrived(self, size_bytes: int, seconds: float, now: float, *, held_up: bool = False) -> bool:
         """A chunk has come, `seconds` after the one before it (or after the stream's first byte was due). Whether to go
         on with this step. `held_up`: it may have waited here, for the decoder."""
         assert self._step is not None, "chunks come in a step"
+        self._settle(measured=True)
         self._peer.link.observe(size_bytes, seconds, now, at_least=held_up)
         self._slow = math.inf
         chunk, since = self._task.chunks[self.done], now - self.began
@@ -104,26 +130,32 @@ class Controller:
         following = self._next(now)
         return following is not None and following.quality is self._step.quality
 
-    def late(self, size_bytes: int, seconds: float, now: float) -> bool:
-        """The chunk on its way has not come by `give_up_at`; so many bytes of it have, in `seconds`. Whether to wait
-        for it longer, by what that tells of the link; if not, the rest is to be recomputed."""
+    def late(self, size_bytes: int, seconds: float, now: float, silent_s: float = 0.0) -> bool:
+        """The chunk on its way has not come by `give_up_at`; so many bytes of it have, in `seconds`, the last of them
+        `silent_s` ago. Whether to wait for it longer, by what that tells of the link; if not, the rest is to be
+        recomputed."""
         assert self._step is not None, "chunks come in a step"
-        chunk = self._task.chunks[self.done]
-        # Where bytes are only seen by the message, no byte says that less than all of them came.
-        at_most = size_bytes or chunk.bytes_at[chunk.no_better_than(self._step.quality)]
+        at_most = size_bytes or self._due_bytes()
         came_s = 0.0
         if seconds > 0:
-            if size_bytes:
-                self._peer.link.observe(size_bytes, seconds, now)
+            self._suppose(size_bytes, seconds, now)
             self._slow = min(self._slow, at_most / seconds)
             came_s = size_bytes / self._slow
         self._state = replace(self._state, now=now - self.began - came_s, flowing=self._step.quality)
         following = self._next(now)
         self._given_up = following is None or self.give_up_at <= now
-        if self._given_up and not size_bytes:
-            # Somewhere between nothing and that bound. The bound itself, as a speed, would have the next get try again.
-            self._peer.link.observe(at_most / 2, seconds, now)
+        if self._given_up:
+            self.stopped = self._ended(size_bytes, seconds, now, silent_s)
         return not self._given_up
+
+    def overdue(self, size_bytes: int, seconds: float, now: float, silent_s: float = 0.0) -> None:
+        """The call's own deadline passed while the chunk was on its way: that ends the get; the rest as of `late`."""
+        self._suppose(size_bytes, seconds, now)
+        self._ended(size_bytes, seconds, now, silent_s)
+
+    def broken(self) -> None:
+        """A fault ended the request with the chunk on its way: what came of it when says nothing of the link."""
+        self._settle(measured=False)
 
     def refine(self, now: float) -> Refine | None:
         """What to refine when `step` has no more; None where nothing can be by the time that the engine has to begin
@@ -149,13 +181,38 @@ class Controller:
         choice = self._choose(now)
         return explained(self._task, choice, self._peer, self._decode, now, probe=not self._peer.link.known(now))
 
+    def _due_bytes(self) -> int:
+        """Of the chunk on its way."""
+        assert self._step is not None, "chunks come in a step"
+        chunk = self._task.chunks[self.done]
+        return chunk.bytes_at[chunk.no_better_than(self._step.quality)]
+
+    def _ended(self, size_bytes: int, seconds: float, now: float, silent_s: float) -> Stop:
+        """What it was that the chunk on its way ended by, as the link's estimate has it from now on."""
+        silent = not size_bytes or silent_s > _SILENT_SHARE * seconds
+        self._settle(measured=not silent)
+        if silent and seconds > 0:
+            # Where bytes are only seen by the message, no byte says that less than all of them came: somewhere between
+            # nothing and that bound. The bound itself, as a speed, would have the next get try again.
+            self._peer.link.doubt(size_bytes or self._due_bytes() / 2, seconds, now)
+        return Stop.SILENT if silent else Stop.LATE
+
+    def _suppose(self, size_bytes: int, seconds: float, now: float) -> None:
+        if size_bytes and seconds > 0:
+            self._supposed.append(self._peer.link.suppose(size_bytes, seconds, now))
+
+    def _settle(self, *, measured: bool) -> None:
+        self._peer.link.settle(self._supposed, measured=measured)
+        self._supposed = []
+
     def _next(self, now: float) -> Step | None:
         """The request that is best now, with `_wait_s` for its first chunk; None where recomputing is, or where that
         chunk will not come while it is waited for."""
         task, state = self._task, self._state
         speeds, fallback_s = self._speeds(careful, now), task.recompute_s[self.done]
         choice = self._choose(now)
-        wait_s = (1 + SLOWER_MAX) * task.recompute_s[0] - fallback_s  # the rule, whatever happens
+        # The rule, whatever happens.
+        wait_s = self._spent_s + (1 + SLOWER_MAX) * task.recompute_s[0] - fallback_s
         if not self._peer.link.known(now):
             # The coarsest quality, so as to know the link soonest. Where that was too cautious, the next step is finer.
             step = Step(self.done, len(task.chunks), next(iter(task.chunks[self.done].bytes_at)))
@@ -175,6 +232,12 @@ class Controller:
             return None
         self._wait_s = wait_s
         return step if soonest_s < wait_s else None
+
+    def _why_not(self, now: float) -> Stop:
+        """No request is worth it."""
+        if self._peer.link.doubted_s(now):
+            return Stop.DOUBTED
+        return Stop.SLOW if self._peer.link.known(now) else Stop.UNMEASURED
 
     def _first_quality(self, choice: Choice, speeds: Speeds) -> Quality:
         """The finest there is, where all would come in time at the coarsest even if the link slowed down to an eighth
@@ -233,6 +296,8 @@ def explained(
 def _reason(plan: Plan) -> str:
     """One sentence."""
     guess = "; the peer has not been measured, its first chunk will tell" if plan.probe else ""
+    if plan.speeds.doubt_s:
+        guess = f"; a get has given the peer up, which counts for {plan.speeds.doubt_s:.1f} s yet"
     if not plan.chunks:
         return "recompute: nothing of the prompt is stored"
     if not plan.fetched_tokens:

@@ -29,10 +29,13 @@ class Fetch:
     """One fetch. Iterate `objects`, then `confirm`, and `aclose` in any case."""
 
     def __init__(
-        self, node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None]
-    ) -> None:
+        self, node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None],
+        begun_anew: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        """`begun_anew`: called where the request is made again, by another way."""
         self._node, self._wanted, self._lease_id, self._deadline = node, wanted, lease_id, deadline
         self._buffers, self._count_received = node.bulk.buffers, count_received
+        self._begun_anew = begun_anew
         self._in_place: BulkConnection | None = None
         self._is_owed = False  # a confirmation
 
@@ -51,6 +54,7 @@ class Fetch:
             except Unavailable:  # such as a connection to a node that was started anew since
                 if came:
                     raise
+                self._begun_anew()
         over_grpc = grpc_fetch.objects(
             self._node, self._wanted, self._lease_id, self._deadline, self._buffers, self._count_received
         )

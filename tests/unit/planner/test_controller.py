@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvstore_client.planner.choose import Chunk
-from kvstore_client.planner.controller import SLOWER_MAX, Controller, Task
-from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
+from kvstore_client.planner.controller import SLOWER_MAX, Controller, Stop, Task
+from kvstore_client.planner.estimates import DOUBT_S, DecodeEstimates, PeerEstimates
 from kvstore_codec import Quality
 
 LOW, MEDIUM, HIGH = Quality.LOW, Quality.MEDIUM, Quality.HIGH
@@ -194,6 +194,102 @@ def test_a_link_too_slow_to_show_a_byte_is_soon_not_asked_any_more(share: float,
         _, fetched = drive(control, of, lambda _: 1e5, message_bytes=MBYTE, begin_s=2.0 * get)
         assert not fetched
     assert asked <= 6
+
+
+def asked(of: Task, seen: PeerEstimates, at: float, rate: float, message_bytes: int) -> Controller | None:
+    """A get at a time; None where it asks for nothing."""
+    control = Controller(of, seen, DecodeEstimates(1), at)
+    if control.step(at) is None:
+        return None
+    control = Controller(of, seen, DecodeEstimates(1), at)
+    drive(control, of, lambda _: rate, message_bytes=message_bytes, begin_s=at)
+    return control
+
+
+def test_who_is_silent_is_asked_again_in_a_second_and_not_often_in_ten_minutes() -> None:
+    """A get every quarter of a second. The worst that each try costs is a twenty-fifth of one get."""
+    of, seen = task(1.0, 1.0), peer(None)
+    tries = [at / 4 for at in range(2400) if asked(of, seen, at / 4, 1e5, message_bytes=MBYTE) is not None]
+    assert tries[0] == 0
+    assert DOUBT_S < tries[1] < DOUBT_S + 0.5
+    assert len(tries) < 30
+
+
+def test_a_node_that_was_gone_for_a_moment_is_used_when_it_is_back() -> None:
+    of, seen = task(1.0, 1.0), peer(None)
+    first = asked(of, seen, 0.0, 0.0, message_bytes=1)
+    assert first is not None
+    assert first.stopped is Stop.SILENT
+    skipped = Controller(of, seen, DecodeEstimates(1), 0.5)
+    assert skipped.step(0.5) is None
+    assert skipped.stopped is Stop.DOUBTED
+    back = asked(of, seen, 0.1 + DOUBT_S, 1e9, message_bytes=1)
+    assert back is not None
+    assert (back.done, back.stopped) == (CHUNKS, None)
+
+
+def test_bytes_that_come_too_slowly_are_a_measurement() -> None:
+    of, seen = task(1.0, 1.0), peer(None)
+    slow = asked(of, seen, 0.0, 1e5, message_bytes=1)
+    assert slow is not None
+    assert slow.stopped is Stop.LATE
+    assert seen.link.expected(60.0) == pytest.approx(1e5, rel=0.1)
+    assert seen.link.doubted_s(0.2) == 0
+    again = Controller(of, seen, DecodeEstimates(1), 60.0)
+    assert again.step(60.0) is None
+    assert again.stopped is Stop.SLOW
+
+
+def late(seen: PeerEstimates, size_bytes: int, silent_s: float) -> Controller:
+    """A get that is given up 0.04 seconds after it has begun."""
+    control = Controller(task(1.0, 1.0), seen, DecodeEstimates(1), 0.0)
+    assert control.step(0.0) is not None
+    assert not control.late(size_bytes, 0.04, 0.04, silent_s)
+    return control
+
+
+def test_who_falls_silent_in_the_middle_of_a_chunk_is_a_doubt() -> None:
+    """10 kB at once and then nothing; against the same evenly, seen by the message."""
+    gone, slow = peer(None), peer(None)
+    assert late(gone, 10_000, silent_s=0.03).stopped is Stop.SILENT
+    assert gone.link.known(0.1)
+    assert not gone.link.known(0.1 + DOUBT_S)
+    assert late(slow, 10_000, silent_s=0.019).stopped is Stop.LATE
+    assert slow.link.known(0.1 + DOUBT_S)
+
+
+@pytest.mark.parametrize("rate", [None, 1e8])
+def test_a_fault_is_no_measurement(rate: float | None) -> None:
+    """It breaks a chunk off of which little had come for a while."""
+    of, seen, untouched = task(1.0, 10.0), peer(rate), peer(rate)
+    control = Controller(of, seen, DecodeEstimates(1), 0.0)
+    assert control.step(0.0) is not None
+    assert control.late(MBYTE // 4, 0.1, 0.1)
+    assert seen.link.expected(0.1) != untouched.link.expected(0.1) or rate
+    control.broken()
+    assert seen.link.known(0.2) == untouched.link.known(0.2)
+    assert seen.link.careful(0.2) == untouched.link.careful(0.2)
+
+
+def test_a_deadline_that_passes_while_bytes_come_is_a_measurement_and_in_silence_a_doubt() -> None:
+    for size_bytes, measured in ((10_000, True), (0, False)):
+        seen = peer(None)
+        control = Controller(task(1.0, 10.0), seen, DecodeEstimates(1), 0.0)
+        assert control.step(0.0) is not None
+        control.overdue(size_bytes, 0.1, 0.1)
+        assert seen.link.known(0.2)
+        assert seen.link.known(0.2 + DOUBT_S) is measured
+
+
+def test_what_was_spent_before_is_not_counted_against_a_first_try() -> None:
+    """Connecting and the lookup took 0.1 s, and a twenty-fifth of computing it is 0.04."""
+    of = task(1.0, 1.0)
+    control = Controller(of, peer(None), DecodeEstimates(1), 0.0)
+    assert control.step(0.1) is None
+    assert control.stopped is Stop.UNMEASURED
+    control = Controller(of, peer(None), DecodeEstimates(1), 0.0, spent_s=0.1)
+    assert control.step(0.1) is not None
+    assert control.give_up_at == pytest.approx(0.1 + SLOWER_MAX)
 
 
 @settings(max_examples=60, deadline=None)  # a busy machine

@@ -51,22 +51,26 @@ def test_what_is_not_measured_is_tried() -> None:
     assert Case(1000).measured(1e9).decide(node="other:1") == Decision(2048, "probe")
 
 
-@pytest.mark.parametrize(("lookup_s", "choice"), [(0.0001, "probe"), (0.0006, "compute"), (0.01, "compute")])
-def test_what_costs_more_to_try_than_there_is_to_lose_is_not_tried(lookup_s: float, choice: str) -> None:
+@pytest.mark.parametrize(
+    ("lookup_s", "choice", "reason"),
+    [(0.0001, "probe", ""), (0.0006, "compute", "unmeasured"), (0.01, "compute", "unmeasured")],
+)
+def test_what_costs_more_to_try_than_there_is_to_lose_is_not_tried(lookup_s: float, choice: str, reason: str) -> None:
     """A try may cost a twenty-fifth of a prefill of 21 ms, and takes a lookup and a request."""
     found_so = Found(found(8).chunks, NODE, lookup_s)
-    assert Case(100_000).planner.decide(found_so, 0, 2088).choice == choice
+    decision = Case(100_000).planner.decide(found_so, 0, 2088)
+    assert (decision.choice, decision.reason) == (choice, reason)
 
 
 def test_the_faster_way_is_taken() -> None:
     # 8 MiB in 0.08 s, or 2,048 tokens in 2 s; and the other way round.
     assert Case(1000).measured(1e8).decide() == Decision(2048, "load")
-    assert Case(100_000).measured(1e7).decide() == Decision(0, "compute")
+    assert Case(100_000).measured(1e7).decide() == Decision(0, "compute", "slow")
 
 
 def test_slow_decoding_counts_as_well() -> None:
     elements = 256 * LAYOUT.elements_per_token
-    assert Case(1000).measured(1e9, decode=elements).decide() == Decision(0, "compute")  # a second a chunk
+    assert Case(1000).measured(1e9, decode=elements).decide() == Decision(0, "compute", "slow")  # a second a chunk
 
 
 def test_what_the_engine_has_is_not_counted_for_the_load() -> None:
@@ -74,14 +78,25 @@ def test_what_the_engine_has_is_not_counted_for_the_load() -> None:
     case = Case(1000).measured(1e7)  # 0.1 s a chunk
     assert case.decide(computed=0) == Decision(2048, "load")
     assert case.decide(computed=1792) == Decision(2048, "load")
-    assert case.decide(computed=1920) == Decision(0, "compute")
+    assert case.decide(computed=1920) == Decision(0, "compute", "slow")
 
 
 def test_what_was_measured_long_ago_is_tried_again() -> None:
     case = Case(1000).measured(1e6)
-    assert case.decide() == Decision(0, "compute")
+    assert case.decide() == Decision(0, "compute", "slow")
     case.now_s += 600
     assert case.decide() == Decision(2048, "probe")
+
+
+def test_what_a_worker_only_doubts_counts_for_as_long_as_it_does_there() -> None:
+    case = Case(1000)
+    case.planner.learn({NODE: Speeds(1e6, 0.001, FAST_DECODE, doubt_s=2.0)})
+    assert case.decide() == Decision(0, "compute", "doubted")
+    case.now_s += 2.1
+    assert case.decide() == Decision(2048, "probe")
+    case.measured(1e9).planner.learn({NODE: Speeds(1e6, 0.001, FAST_DECODE, doubt_s=2.0)})
+    case.now_s += 2.1
+    assert case.decide() == Decision(2048, "load")
 
 
 @pytest.mark.parametrize(("chunks", "tokens"), [(0, 0), (3, 768)])

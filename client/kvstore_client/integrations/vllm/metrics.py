@@ -40,7 +40,14 @@ COUNTERS = {
     "plans": CounterSpec(
         "What to do with a prefix found: load, part, probe (nothing measured yet), compute.", "choice"
     ),
+    "computes": CounterSpec(
+        "Prefixes found and not loaded: slow (as measured), doubted (a load was just given up), unmeasured.", "reason"
+    ),
     "loads": CounterSpec("Loads: whole, part (the rest is recomputed), failed.", "outcome"),
+    "short_loads": CounterSpec(
+        "Loads that did not bring all: late, silent, slow, doubted, unmeasured: the planner; absent, quality, errors.",
+        "reason",
+    ),
     "saves": CounterSpec("Saves: stored, rejected, failed, full (no room on the way).", "outcome"),
     "tokens": CounterSpec("Tokens loaded into blocks (load) and saved from them (save).", "direction"),
     "unknown_requests": CounterSpec("Requests that tokens do not identify: neither loaded nor saved."),

@@ -20,11 +20,12 @@ from kvstore_codec import KVLayout, Quality
 
 @dataclass(frozen=True)
 class Found:
-    """What a lookup found that is good enough: chunks from the prompt's first on, on `node`. `seconds`: it took."""
+    """What a lookup found that is good enough: chunks from the prompt's first on, on `node`, which takes `latency_s`
+    for an answer."""
 
     chunks: Sequence[ChunkHit] = ()
     node: str = ""
-    seconds: float = 0.0
+    latency_s: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -33,10 +34,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Decision:
-    """`tokens`: of the prompt, up to which to load. `choice`: as the metric `plans` has it."""
+    """`tokens`: of the prompt, up to which to load. `choice`: as the metric `plans` has it; `reason`: why nothing is to
+    be loaded, as the metric `computes` has it."""
 
     tokens: int
     choice: str
+    reason: str = ""
 
 
 class LoadPlanner:
@@ -56,7 +59,10 @@ class LoadPlanner:
         now = self._clock()
         for node, measured in speeds.items():
             peer = self._peers.setdefault(node, PeerEstimates())
-            peer.link.observe(measured.bytes_per_s, 1.0, now)
+            if measured.doubt_s:
+                peer.link.doubt(measured.bytes_per_s, 1.0, now, measured.doubt_s)
+            else:
+                peer.link.observe(measured.bytes_per_s, 1.0, now)
             peer.latency.observe(measured.latency_s)
             for quality, elements_per_s in measured.decode.items():
                 self._decode.observe(quality, round(elements_per_s), 1.0, now)
@@ -65,16 +71,18 @@ class LoadPlanner:
         """How much of `found` to load for an engine that has the first `computed` tokens of a prompt."""
         now, prefill = self._clock(), self._prefill.cost
         peer = self._peers.setdefault(found.node, PeerEstimates())
-        peer.latency.observe(found.seconds)
+        peer.latency.observe(found.latency_s)
         if prefill is None:
             return Decision(found.tokens, "probe")
         chunks = found.chunks[computed // self._layout.chunk_tokens :]
         began = now - peer.latency.expected  # a load begins with a lookup of its own
         goal = Goal(self._deadline_s, prefill, prompt_tokens, began)
         task = task_of(goal, chunks, self._layout, self._sizes, Quality.RAW, self._floor, computed)
-        step = Controller(task, peer, self._decode, began).step(now)
+        controller = Controller(task, peer, self._decode, began)
+        step = controller.step(now)
         if step is None:
-            return Decision(0, "compute")
+            assert controller.stopped is not None, "there are chunks"
+            return Decision(0, "compute", controller.stopped.value)
         last = chunks[step.last - 1]
         loaded = "load" if step.last == len(chunks) else "part"
         return Decision(last.first_token + last.tokens, loaded if peer.link.known(now) else "probe")

@@ -30,7 +30,7 @@ from kvstore_codec import Quality
 @dataclass
 class _Tracked:
     """A request from its arrival to its end. `decided`: what was answered for how many computed tokens; `held`: tokens
-    that the node has, loaded or not; `stored`: those and what was handed to a save."""
+    that `node` has, loaded or not; `stored`: those and what was handed to a save."""
 
     request: Any
     key: RequestKey
@@ -41,6 +41,7 @@ class _Tracked:
     load_failed: bool = False
     held: int = 0
     stored: int = 0
+    node: str = ""
     block_ids: list[int] = field(default_factory=list)
 
 
@@ -94,7 +95,7 @@ class SchedulerSide:
         tracked.load = Load(
             request.request_id, tracked.key, self._tokens(request, end), end - external,
             tuple(block_ids[: end // self._page_tokens]),
-            self._prefill.cost if self._planner is not None and self._recomputes else None,
+            self._prefill.cost if self._planner is not None and self._recomputes else None, tracked.node,
         )  # fmt: skip
         self._new_loads.append(tracked.load)
 
@@ -184,6 +185,7 @@ class SchedulerSide:
             return None
         found = tracked.lookup.result()
         tracked.held = tracked.stored = found.tokens
+        tracked.node = found.node
         return found
 
     def _look_up(self, tracked: _Tracked) -> None:
@@ -201,6 +203,8 @@ class SchedulerSide:
             decision = self._planner.decide(found, computed, len(tracked.request.prompt_token_ids))
         if found.tokens > computed:
             self._metrics.count("plans", decision.choice)
+        if decision.reason:
+            self._metrics.count("computes", decision.reason)
         tracked.decided = computed, decision
         return decision
 

@@ -19,7 +19,8 @@ Tokens = npt.NDArray[np.uint32]
 class Load:
     """`tokens`: the stored prefix of a prompt; of it, those from `first_token` on go to the request's blocks.
     `block_ids`: those of all of `tokens`; the ones before `first_token` are shared with others and stay as they are.
-    `prefill`: the engine's; the load is broken off where computing is faster. None: it is not."""
+    `prefill`: the engine's; the load is broken off where computing is faster. None: it is not. `node`: where they were
+    found; "": nobody knows."""
 
     request_id: str
     key: RequestKey
@@ -27,6 +28,7 @@ class Load:
     first_token: int
     block_ids: Sequence[int]
     prefill: PrefillCost | None = None
+    node: str = ""
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,12 @@ NULL_BLOCK = 0
 
 @dataclass(frozen=True)
 class _Loaded:
-    """`tokens`: of the prompt that are good, those that the engine had included; `speeds`: what is measured by now."""
+    """`tokens`: of the prompt that are good, those that the engine had included; `speeds`: what is measured by now;
+    `reason`: why it is less than was to be loaded."""
 
     tokens: int
     speeds: Mapping[str, Speeds]
+    reason: str
 
 
 class WorkerSide:
@@ -90,15 +92,17 @@ class WorkerSide:
         for request_id in ended:
             load, loaded = self._loading.pop(request_id)
             problem = loaded.exception()
-            tokens = 0
+            tokens, reason = 0, "raised"
             if problem:
                 self._metrics.log.warn("load", type(problem).__name__, str(problem))
             else:
-                tokens = loaded.result().tokens
+                tokens, reason = loaded.result().tokens, loaded.result().reason
                 self._speeds.update(loaded.result().speeds)
             self._metrics.count("tokens", "load", max(0, tokens - load.first_token))
             whole = tokens == len(load.tokens)
             self._metrics.count("loads", "whole" if whole else "part" if tokens > load.first_token else "failed")
+            if not whole:
+                self._metrics.count("short_loads", reason)
             first = max(tokens, load.first_token) // self._page_tokens
             self._failed_blocks.update(load.block_ids[first:])
         return ended
@@ -134,12 +138,12 @@ class WorkerSide:
         if load.prefill is not None:
             goal = {"ttft": self._config.deadline_s, "prefill_tokens_per_s": load.prefill}
         cache = self._namespaces.of(load.key)
-        _, tokens = cache.get(
+        restored = cache.get(
             load.tokens, min_quality=self._config.quality, out=PagedKV(self._caches, blocks, len(load.tokens) - first),
-            first_token=first, deadline=self._config.deadline_s, **goal,
+            first_token=first, node=load.node, deadline=self._config.deadline_s, **goal,
         )  # fmt: skip
         self._metrics.observe("load_seconds", time.monotonic() - began_s)
-        return _Loaded(first + tokens, cache.speeds())
+        return _Loaded(first + restored.n, cache.speeds(), restored.reason)
 
     def _put(self, save: Save, pages: Sequence[int]) -> PutResult:
         """In a thread."""
