@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from disk_places import place_of
 from node_process import NodeProcess
 from polling import wait_until
 from relay import Relay
+from tiny_checkpoint import save
 from vllm_engine import BLOCK_TOKENS, EngineProcess, kv_transfer
 
 import kvstore_codec as codec
@@ -34,12 +36,14 @@ TRACED: dict[str, Any] = {"enforce_eager": False, "compilation_config": {"mode":
 def start_engine(tmp_path: Path) -> Iterator[Callable[..., EngineProcess]]:
     started: list[EngineProcess] = []
 
-    def start(address: str, stages: int, **extra: Any) -> EngineProcess:
+    def start(
+        address: str, stages: int, settings: Mapping[str, Any] = MappingProxyType({}), **extra: Any
+    ) -> EngineProcess:  # fmt: skip
         # Without a planner and with patience: what is tested is what is loaded, on a busy machine too.
         patience: dict[str, Any] = {"planner": False, "lookup_s": 10.0, "deadline_s": 60.0}
         transfer = kv_transfer(address, layer_groups=LAYER_GROUPS, **patience, **extra)
         log = tmp_path / f"engine-{len(started)}.log"
-        started.append(EngineProcess(log, transfer, pipeline_parallel_size=stages, **TRACED))
+        started.append(EngineProcess(log, transfer, pipeline_parallel_size=stages, **TRACED, **settings))
         return started[-1]
 
     yield start
@@ -73,6 +77,34 @@ def test_one_stage_and_two_read_each_others_chunks(tmp_path: Path, start_engine:
             one.reset()
             assert one.generate(several, NEW_TOKENS)["tokens"] == loaded["tokens"]
         for engine in (one, two):
+            assert engine.stop() == 0
+    finally:
+        node.kill()
+
+
+def test_two_stages_of_two_tensor_parallel_workers(tmp_path: Path, start_engine: Callable[..., EngineProcess]) -> None:
+    """Each of the four has a quarter of a chunk; SmolLM2's three KV heads do not halve, so it is a small Llama."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = save(
+        folder, hidden_size=256, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=4096,
+    )  # fmt: skip
+    node = NodeProcess(tmp_path)
+    try:
+        settings: dict[str, Any] = {"model": str(model), "dtype": "float32"}
+        four = start_engine(node.address, 2, settings={**settings, "tensor_parallel_size": 2}, head_groups=2)
+        one = start_engine(node.address, 1, settings=settings, head_groups=2)
+        with Client(node.address, transport="grpc") as client:
+            for number, (writer, reader) in enumerate(((four, one), (one, four))):
+                asked = [[token % 250 + 3 for token in prompt(number)]]
+                assert writer.generate(asked, 1)["cached"] == [0]
+                wait_stored(client, 2 * (number + 1))  # halves of heads as well
+                native = writer.generate(asked, NEW_TOKENS)
+                loaded = reader.generate(asked, NEW_TOKENS)
+                assert loaded["cached"] == native["cached"] == [WHOLE_CHUNKS * BLOCK_TOKENS]
+                assert loaded["tokens"] == native["tokens"]
+        for engine in (four, one):
             assert engine.stop() == 0
     finally:
         node.kill()
