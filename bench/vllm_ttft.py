@@ -20,7 +20,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from smollm2 import CACHE, TEXT
 from transformers import AutoTokenizer
@@ -31,6 +31,7 @@ from kvstore.demo import model
 
 ANSWER_TOKENS = 8
 SETTLE_S = 3.0  # for stores that do not tell when they have stored
+E = TypeVar("E")
 Asked = dict[str, list[dict[str, Any]]]  # way → of each prompt: "seconds", "tokens", "restored"
 
 
@@ -114,7 +115,7 @@ def measured(folder: Path, stores: Sequence[str], rounds: int, tokens: int, qual
     }  # fmt: skip
 
 
-def turned(engines: Sequence[Engine], number: int) -> list[Engine]:
+def turned(engines: Sequence[E], number: int) -> list[E]:
     """Another one begins each time."""
     return [*engines[number % len(engines) :], *engines[: number % len(engines)]]
 

@@ -1,5 +1,6 @@
-"""Tensor parallelism of the vLLM connector: workers of one, two and four read each other's chunks of real KV, through
-the connector's own page views and worker class. The real engine's part is in tests/integration/vllm."""
+"""Tensor and pipeline parallelism of the vLLM connector: engines whose workers share heads and layers in other ways
+read each other's chunks of real KV, through the connector's own page views and worker class. The real engine's part is
+in tests/integration/vllm."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from polling import wait_until
 from prometheus_client import CollectorRegistry
 from smollm2 import TEXT
 
-from kvstore_client import Client, KVLayout
+from kvstore_client import Client, InvalidArgument, KVLayout
 from kvstore_client.integrations.transformers import kv_from_cache, layout_for, returned_cache
 from kvstore_client.integrations.vllm.config import ConnectorConfig
 from kvstore_client.integrations.vllm.identity import EngineFacts, Namespaces, RequestKey, layout_of
@@ -60,31 +61,41 @@ def as_numpy(plane: torch.Tensor) -> npt.NDArray[Any]:
 
 
 class Engine:
-    """The sides of a connector of an engine with so many workers, and each worker's pages."""
+    """The sides of a connector of an engine with so many workers a stage of its pipeline, and each worker's pages."""
 
-    def __init__(self, address: str, workers: int, *, head_groups: int = 4, quality: str = "lossless") -> None:
-        self.config = ConnectorConfig(address, quality=quality, chunk_tokens=CHUNK, head_groups=head_groups)
+    def __init__(
+        self, address: str, workers: int, *, head_groups: int = 4, stages: int = 1, layer_groups: int = 1,
+        quality: str = "lossless",
+    ) -> None:  # fmt: skip
+        self.config = ConnectorConfig(
+            address, quality=quality, chunk_tokens=CHUNK, head_groups=head_groups, layer_groups=layer_groups
+        )
         self.client = Client(address, registry=CollectorRegistry())
         facts = EngineFacts("SmolLM2", None, "auto", "bfloat16", None, {}, LAYERS, HEADS, DIM)
-        layout = layout_of(
-            facts, chunk_tokens=CHUNK, revision="1", head_groups=self.config.head_groups_for(HEADS, workers)
-        )
+        self.layers, self.heads = LAYERS // stages, HEADS // workers
+        self.layout = layout = layout_of(
+            facts, chunk_tokens=CHUNK, revision="1", layer_groups=self.config.layer_groups_for([self.layers] * stages),
+            head_groups=self.config.head_groups_for(HEADS, workers),
+        )  # fmt: skip
         self.metrics = ConnectorMetrics(CollectorRegistry())
         self.scheduler = SchedulerSide(
             self.config, Namespaces(self.client, layout), self.metrics, page_tokens=PAGE, loads=True, saves=True
         )
-        self.heads = HEADS // workers
-        self.workers, self.caches = [], []
-        for rank in range(workers):
-            caches = [pages(ORDERS[workers], self.heads) for _ in range(LAYERS)]
-            self.caches.append(caches)
-            namespaces = Namespaces(self.client, layout, rank=rank, workers=workers)
-            self.workers.append(WorkerSide(self.config, namespaces, self.metrics, caches))
+        self.degree, self.workers, self.caches = workers, [], []
+        for stage in range(stages):  # vLLM's order of workers
+            layers = range(stage * self.layers, (stage + 1) * self.layers)
+            for rank in range(workers):
+                caches = [pages(ORDERS[workers], self.heads) for _ in layers]
+                self.caches.append(caches)
+                namespaces = Namespaces(self.client, layout, stage=layers, rank=rank, workers=workers)
+                self.workers.append(WorkerSide(self.config, namespaces, self.metrics, caches))
 
     def fill(self, real: Real, block_ids: list[int]) -> None:
         """As the engine's attention would."""
-        for rank, caches in enumerate(self.caches):
-            mine = real.kv[:, :, :, rank * self.heads : (rank + 1) * self.heads]
+        for worker, caches in enumerate(self.caches):
+            stage, rank = divmod(worker, self.degree)
+            layers = real.kv[stage * self.layers : (stage + 1) * self.layers]
+            mine = layers[:, :, :, rank * self.heads : (rank + 1) * self.heads]
             for layer, pair in enumerate(caches):
                 for side, plane in enumerate(pair):
                     for number, block in enumerate(block_ids):
@@ -95,7 +106,8 @@ class Engine:
             np.stack([np.stack([np.concatenate([plane[b] for b in block_ids]) for plane in pair]) for pair in caches])
             for caches in self.caches
         ]
-        return np.concatenate(shards, axis=3)
+        stages = [shards[first : first + self.degree] for first in range(0, len(shards), self.degree)]
+        return np.concatenate([np.concatenate(stage, axis=3) for stage in stages])
 
     def save(self, real: Real, block_ids: list[int]) -> None:
         for worker in self.workers:
@@ -180,6 +192,88 @@ def test_engines_that_do_not_agree_on_head_groups_share_nothing(node: NodeProces
     finally:
         two.close()
         one.close()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How an engine shares its KV: pipeline stages, workers of each."""
+
+    stages: int
+    workers: int
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [
+        (Shape(1, 1), Shape(2, 1)), (Shape(2, 1), Shape(1, 1)), (Shape(3, 1), Shape(2, 1)), (Shape(2, 2), Shape(3, 1)),
+        (Shape(1, 2), Shape(2, 2)), (Shape(2, 4), Shape(1, 1)),
+    ],
+)  # fmt: skip
+def test_pipelines_of_other_lengths_read_each_others_chunks(
+    node: NodeProcess, real: Real, writer: Shape, reader: Shape
+) -> None:
+    started = [
+        Engine(node.address, each.workers, stages=each.stages, layer_groups=6, head_groups=4)
+        for each in (writer, reader)
+    ]
+    try:
+        one, other = started
+        ours, theirs = list(range(1, 17)), [39, 3, 38, 4, 37, 5, 36, 6, 35, 7, 34, 8, 33, 9, 32, 10]
+        one.fill(real, ours)
+        one.save(real, ours)
+        assert other.held(real) == TOKENS
+        assert other.load(real, theirs) == set()
+        assert np.array_equal(other.kv(theirs).view(np.uint16), real.kv.view(np.uint16))
+    finally:
+        for engine in started:
+            engine.close()
+
+
+def test_a_block_that_one_stage_lacks_is_computed_by_all(node: NodeProcess, real: Real) -> None:
+    engine = Engine(node.address, 1, head_groups=1, stages=2, layer_groups=2)
+    try:
+        blocks = list(range(1, 17))
+        engine.fill(real, blocks)
+        first, second = engine.workers
+        first.save(Save("r", RequestKey(), real.ids, 0, tuple(blocks)))
+        wait_until(lambda: not first.saving, "the first stage's half is saved", deadline_s=60)
+        assert engine.held(real) == 0
+        second.save(Save("r", RequestKey(), real.ids[:128], 0, tuple(blocks[:8])))
+        wait_until(lambda: not second.saving, "some of the second's is", deadline_s=60)
+        assert engine.held(real) == 128
+        assert engine.load(real, blocks) == set(blocks[8:])  # as if more had been promised
+    finally:
+        engine.close()
+
+
+def test_pipelines_that_do_not_agree_on_layer_groups_share_nothing(node: NodeProcess, real: Real) -> None:
+    """Nor is a stage's share ever taken for all layers, or for another's: each other division is a namespace."""
+    ways = [(1, 1), (2, 2), (2, 6), (1, 2), (3, 3), (1, 30)]
+    engines = [Engine(node.address, 1, head_groups=1, stages=s, layer_groups=g) for s, g in ways]
+    try:
+        blocks = list(range(1, 17))
+        stored: set[int] = set()
+        for engine in engines:
+            groups = engine.layout.partition.layer_groups
+            assert engine.held(real) == (TOKENS if groups in stored else 0)
+            engine.fill(real, blocks)
+            engine.save(real, blocks)
+            stored.add(groups)
+        assert len({engine.layout.namespace_id for engine in engines}) == len(stored) == 5
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+def test_a_stage_that_would_have_half_a_group_is_refused(node: NodeProcess) -> None:
+    engine = Engine(node.address, 1, stages=2, layer_groups=2)
+    try:
+        with pytest.raises(InvalidArgument, match="whole groups of layers"):
+            Namespaces(engine.client, engine.layout, stage=range(14))
+        with pytest.raises(InvalidArgument, match="whole groups of layers and of heads"):
+            Namespaces(engine.client, engine.layout, stage=range(15), workers=3)
+    finally:
+        engine.close()
 
 
 def test_a_layout_of_one_part_is_what_it_was() -> None:

@@ -23,6 +23,7 @@ from kvstore_client.integrations.vllm.config import ConnectorConfig
         ({"address": "h:1", "lookup_s": "1"}, "lookup_s is a positive number"),
         ({"address": "h:1", "stage_mib": True}, "stage_mib is a positive integer"),
         ({"address": "h:1", "chunk_tokens": 128.0}, "chunk_tokens is a positive integer"),
+        ({"address": "h:1", "layer_groups": 0}, "layer_groups is a positive integer"),
         ({"address": "h:1", "revision": ""}, "revision is a text"),
         ({"address": "h:1", "planner": "off"}, "planner is true or false"),
         ({"address": "h:1", "tls_ca": 1}, "tls_ca is a text"),
@@ -45,6 +46,33 @@ def test_a_chunk_is_whole_blocks(asked: int | None, block: int, chosen: int) -> 
 def test_blocks_that_no_chunk_fits(asked: int | None, block: int, message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         ConnectorConfig("h:1", chunk_tokens=asked).chunk_tokens_for(block)
+
+
+@pytest.mark.parametrize(
+    ("asked", "stages", "chosen"),
+    [
+        (None, [30], 1), (None, [15, 15], 2), (6, [15, 15], 6), (6, [10, 10, 10], 6), (30, [7, 8, 8, 7], 30),
+        (4, [6, 2], 4), (2, [30], 2),
+    ],
+)  # fmt: skip
+def test_each_stage_has_whole_groups_of_layers(asked: int | None, stages: list[int], chosen: int) -> None:
+    assert ConnectorConfig("h:1", layer_groups=asked).layer_groups_for(stages) == chosen
+
+
+@pytest.mark.parametrize(
+    ("asked", "stages", "message"),
+    [
+        (3, [15, 15], "layer_groups must be a multiple of 2.*layer_groups=3"),
+        (4, [15, 15], "divide the model's layers.*layer_groups=4, layers=30"),
+        (1, [15, 15], "multiple of 2"),
+        (None, [7, 8, 8, 7], 'VLLM_PP_LAYER_PARTITION so that they do or say "layer_groups": 30'),
+        (None, [6, 2], '"layer_groups": 4'),
+        (2, [30, 0], "each pipeline stage needs a layer"),
+    ],
+)
+def test_stages_that_no_groups_fit(asked: int | None, stages: list[int], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        ConnectorConfig("h:1", layer_groups=asked).layer_groups_for(stages)
 
 
 def test_what_is_computed_on_lossy_prefixes_says_so() -> None:

@@ -72,7 +72,7 @@ def test_a_worker_of_several_has_a_part_of_the_models_heads() -> None:
     ("parallel", "specs", "message"),
     [
         ({"tensor_parallel_size": 4}, [spec(num_kv_heads=1)], "workers that hold the same ones are not supported"),
-        ({"pipeline_parallel_size": 2}, [spec()], "pipeline_parallel_size must be 1"),
+        ({"pipeline_parallel_size": 2}, [spec()], "pipeline_parallel_size must be 1 here"),
         ({"decode_context_parallel_size": 2}, [spec()], "decode_context_parallel_size must be 1"),
         ({}, [spec(SlidingWindowSpec)], "only models with full attention.*SlidingWindowSpec"),
         ({}, [spec(), spec()], "only models with full attention"),
@@ -90,6 +90,21 @@ def test_engines_that_are_refused(parallel: dict[str, int], specs: list[SimpleNa
 def test_layers_without_a_cache_of_their_own_are_refused() -> None:
     with pytest.raises(InvalidArgument, match=r"for each of the model's layers.*caches=10, layers=11"):
         facts_of(engine(), cache(spec(), names=LAYERS[1:]))
+
+
+def test_a_stage_of_a_pipeline_has_some_of_the_models_layers() -> None:
+    """What decides the KV is the model's, however many stages share it."""
+    names = [f"model.layers.{number}.self_attn.attn" for number in (8, 7, 10, 9)]
+    two = engine(pipeline_parallel_size=2)
+    assert facts_of(two, cache(spec(), names=names), range(7, 11)) == facts_of(engine(), cache(spec()))
+
+
+@pytest.mark.parametrize("stage", [range(11), range(6, 11), range(8, 11)])
+def test_a_stage_with_other_layers_than_it_should_have_is_refused(stage: range) -> None:
+    """Whose caches are shared among layers, or which has a draft model's."""
+    names = [f"model.layers.{number}.self_attn.attn" for number in range(7, 11)]
+    with pytest.raises(InvalidArgument, match=rf"for each of the model's layers.*caches=4, layers={len(stage)}"):
+        facts_of(engine(pipeline_parallel_size=2), cache(spec(), names=names), stage)
 
 
 def with_attention(update: Any) -> SimpleNamespace:
@@ -111,6 +126,17 @@ def test_pages_come_in_the_models_order_and_are_the_engines_memory() -> None:
     caches[5][1][2] = np.array(99)
     assert (tensors["model.layers.5.self_attn.attn"][2, :, :, 8:] == 99).all()
     assert (tensors["model.layers.5.self_attn.attn"][2, :, :, :8] == 5).all()
+
+
+def test_pages_of_a_stage() -> None:
+    names = [name for name in LAYERS if int(name.split(".")[2]) >= 7]
+    tensors = {name: torch.full((3, 2, 4, 16), float(name.split(".")[2]), dtype=torch.bfloat16) for name in names}
+    stage = cache(spec(), names=names)
+    caches = pages_of(with_attention(packed), stage, tensors, range(7, 11))
+    assert [int(k[1, 0, 0, 0]) for k, _ in caches] == [7, 8, 9, 10]
+    for other in (range(4), range(6, 10), None):  # as many, but others
+        with pytest.raises(InvalidArgument, match=r"do not tell their order.*layers\.10"):
+            pages_of(with_attention(packed), stage, tensors, other)
 
 
 @pytest.mark.parametrize(

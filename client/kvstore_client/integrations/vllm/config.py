@@ -27,8 +27,9 @@ class ConnectorConfig:
     `deadline_s`: of a load, which is cut short then, and of a save. `stage_mib`: host memory for KV that is on its way
     to the node; what does not fit is not saved. `transport`: as `Client` takes it. `revision`: which weights these are,
     in place of a digest of their files. `head_groups`: into how many parts of as many KV heads each a chunk is stored,
-    a multiple of the engine's tensor parallel size, which is the default. `planner`: whether a
-    prefix that the node holds is loaded only where that is faster than computing it. `tls_ca`, `tls_cert`, `tls_key`,
+    a multiple of the engine's tensor parallel size, which is the default. `layer_groups`: into how many parts of
+    as many layers each, by default one for each stage of the engine's pipeline. `planner`: whether a prefix that the
+    node holds is loaded only where that is faster than computing it. `tls_ca`, `tls_cert`, `tls_key`,
     `tls_server_name`: as `TLS` takes them.
     """
 
@@ -41,6 +42,7 @@ class ConnectorConfig:
     transport: Transport = "auto"
     revision: str | None = None
     head_groups: int | None = None
+    layer_groups: int | None = None
     planner: bool = True
     tls_ca: str | None = None
     tls_cert: str | None = None
@@ -61,7 +63,7 @@ class ConnectorConfig:
             value = getattr(config, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise InvalidArgument(f"{name} is a positive number of seconds", got=value)
-        for name in ("chunk_tokens", "stage_mib", "head_groups"):
+        for name in ("chunk_tokens", "stage_mib", "head_groups", "layer_groups"):
             value = getattr(config, name)
             optional = name != "stage_mib" and value is None
             if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -106,6 +108,27 @@ class ConnectorConfig:
             raise InvalidArgument(
                 "head_groups must be a multiple of tensor_parallel_size and divide the model's KV heads",
                 head_groups=chosen, tensor_parallel_size=workers, kv_heads=kv_heads,
+            )  # fmt: skip
+        return chosen
+
+    def layer_groups_for(self, stages: Sequence[int]) -> int:
+        """Of an engine whose pipeline stages have so many layers each: each takes whole groups. Raises
+        InvalidArgument."""
+        layers = sum(stages)
+        if min(stages) < 1:
+            raise InvalidArgument("each pipeline stage needs a layer", layers_of_stages=tuple(stages))
+        fewest = layers // math.gcd(*stages)
+        if self.layer_groups is None and fewest > len(stages):
+            # One of the possible numbers costs many small objects: not to be chosen behind anybody's back.
+            raise InvalidArgument(
+                "the pipeline's stages do not have equally many layers: set VLLM_PP_LAYER_PARTITION so that they do or "
+                f'say "layer_groups": {fewest}', layers_of_stages=tuple(stages),
+            )  # fmt: skip
+        chosen = self.layer_groups or fewest
+        if chosen % fewest or layers % chosen:
+            raise InvalidArgument(
+                f"layer_groups must be a multiple of {fewest}, so that each stage has whole groups, and divide the "
+                "model's layers", layer_groups=chosen, layers=layers, layers_of_stages=tuple(stages),
             )  # fmt: skip
         return chosen
 

@@ -22,6 +22,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
+from vllm.distributed.utils import get_pp_indices
 from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
@@ -70,10 +71,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         check_version(vllm.__version__)
         transfer = vllm_config.kv_transfer_config
         self._config = ConnectorConfig.from_extra(transfer.kv_connector_extra_config)
-        facts, page_tokens = facts_of(vllm_config, kv_cache_config)
-        workers = vllm_config.parallel_config.tensor_parallel_size
+        stages, workers = stages_of(vllm_config), vllm_config.parallel_config.tensor_parallel_size
+        # vLLM's order of workers; its scheduler has the first one's caches.
+        rank = 0 if role is KVConnectorRole.SCHEDULER else vllm_config.parallel_config.rank
+        self._stage = stages[rank // workers % len(stages)]
+        facts, page_tokens = facts_of(vllm_config, kv_cache_config, self._stage)
         layout = layout_of(
             facts, chunk_tokens=self._config.chunk_tokens_for(page_tokens), revision=self._config.revision,
+            layer_groups=self._config.layer_groups_for([len(stage) for stage in stages]),
             head_groups=self._config.head_groups_for(facts.kv_heads, workers),
         )  # fmt: skip
         # The scheduler has to know a node that fails from one that has nothing; for workers both are a miss.
@@ -81,10 +86,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             self._config.address, transport=self._config.transport, tls=self._config.tls,
             strict=role is KVConnectorRole.SCHEDULER,
         )  # fmt: skip
-        shard = {} if role is KVConnectorRole.SCHEDULER else {
-            "rank": vllm_config.parallel_config.rank % workers, "workers": workers
-        }  # fmt: skip
-        self._namespaces, self._metrics = Namespaces(self._client, layout, **shard), connector_metrics()
+        self._metrics = connector_metrics()
+        self._namespaces = Namespaces(self._client, layout)
+        if role is not KVConnectorRole.SCHEDULER:
+            self._namespaces = Namespaces(
+                self._client, layout, stage=self._stage, rank=rank % workers, workers=workers
+            )  # fmt: skip
         self._page_tokens, self._never = page_tokens, threading.Event()
         self._worker: WorkerSide | None = None  # when there are pages
         self._scheduler: SchedulerSide | None = None
@@ -154,7 +161,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # The worker's side.
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        caches = pages_of(self._vllm_config, self._kv_cache_config, kv_caches)
+        caches = pages_of(self._vllm_config, self._kv_cache_config, kv_caches, self._stage)
         self._worker = WorkerSide(self._config, self._namespaces, self._metrics, caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
@@ -226,3 +233,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if not isinstance(work, StepWork):
             raise InvalidArgument("the step's metadata is another connector's", got=type(work).__name__)
         return work
+
+
+def stages_of(vllm_config: Any) -> list[range]:
+    """The layers of each stage of the engine's pipeline, of which there is at least one."""
+    layers = vllm_config.model_config.hf_text_config.num_hidden_layers
+    size = vllm_config.parallel_config.pipeline_parallel_size
+    return [range(*get_pp_indices(layers, rank, size)) for rank in range(size)]

@@ -19,7 +19,7 @@ from kvstore_client.integrations.vllm.pages import PageOrder, PageShape, found_o
 from kvstore_client.integrations.vllm.staging import PagePlane
 
 VERSIONS = ("0.29", "0.30", "0.31", "0.32")  # what the integration tests ran on
-_UNSHARDED = ("pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size")
+_UNSHARDED = ("prefill_context_parallel_size", "decode_context_parallel_size")
 _BITS = {2: torch.int16, 4: torch.int32}
 _NUMPY = {torch.bfloat16: ml_dtypes.bfloat16, torch.float16: "float16", torch.float32: "float32"}
 _NUMBER = re.compile(r"\.(\d+)\.")
@@ -34,12 +34,14 @@ def check_version(version: str, versions: Sequence[str] = VERSIONS) -> None:
         )  # fmt: skip
 
 
-def facts_of(vllm_config: Any, kv_cache_config: Any) -> tuple[EngineFacts, int]:
-    """(what decides the engine's KV, tokens of a block). Raises InvalidArgument for an engine that is not supported."""
+def facts_of(vllm_config: Any, kv_cache_config: Any, stage: range | None = None) -> tuple[EngineFacts, int]:
+    """(what decides the engine's KV, tokens of a block), where `kv_cache_config` has the layers `stage` of a pipeline;
+    None: there is none. Raises InvalidArgument for an engine that is not supported."""
     model, parallel, spec = vllm_config.model_config, vllm_config.parallel_config, _spec(kv_cache_config)
-    for name in _UNSHARDED:
+    for name in _UNSHARDED if stage is not None else (*_UNSHARDED, "pipeline_parallel_size"):
         if getattr(parallel, name, 1) != 1:
-            raise InvalidArgument(f"{name} must be 1: KV is shared by heads alone yet", got=getattr(parallel, name))
+            raise InvalidArgument(f"{name} must be 1 here: such shares of KV are not supported yet",
+                                  got=getattr(parallel, name))  # fmt: skip
     workers, kv_heads = parallel.tensor_parallel_size, model.get_total_num_kv_heads()
     if spec.num_kv_heads * workers != kv_heads:
         raise InvalidArgument(
@@ -51,11 +53,11 @@ def facts_of(vllm_config: Any, kv_cache_config: Any) -> tuple[EngineFacts, int]:
         raise InvalidArgument(
             "the KV cache must have the model's dtype: leave --kv-cache-dtype at auto", got=spec.dtype
         )
-    layers = len(kv_cache_config.kv_cache_groups[0].layer_names)
-    if layers != model.hf_text_config.num_hidden_layers:
+    caches, layers = len(kv_cache_config.kv_cache_groups[0].layer_names), model.hf_text_config.num_hidden_layers
+    if caches != (layers if stage is None else len(stage)):
         raise InvalidArgument(
             "a KV cache for each of the model's layers is needed: none shared, none of a draft model",
-            caches=layers, layers=model.hf_text_config.num_hidden_layers,
+            caches=caches, layers=layers if stage is None else len(stage),
         )  # fmt: skip
     overrides = {"hf_overrides": model.hf_overrides, "quantization": model.quantization}
     return EngineFacts(
@@ -66,9 +68,10 @@ def facts_of(vllm_config: Any, kv_cache_config: Any) -> tuple[EngineFacts, int]:
 
 
 def pages_of(
-    vllm_config: Any, kv_cache_config: Any, tensors: Mapping[str, torch.Tensor]
+    vllm_config: Any, kv_cache_config: Any, tensors: Mapping[str, torch.Tensor], stage: range | None = None
 ) -> list[tuple[PagePlane, PagePlane]]:
     """(k, v) of each layer in the model's order, `[blocks, page_tokens, kv_heads, dim]`: views of the engine's memory.
+    `stage`: which layers must be there; None: as many as there are, from the first on.
 
     Raises InvalidArgument for memory that is laid out in no known way, or cannot be reached from here.
     """
@@ -76,7 +79,7 @@ def pages_of(
     shape = PageShape(spec.block_size, spec.num_kv_heads, spec.head_size)
     names = kv_cache_config.kv_cache_groups[0].layer_names
     caches = []
-    for _, name in sorted(zip(layer_numbers(names), names, strict=True)):
+    for _, name in sorted(zip(layer_numbers(names, stage), names, strict=True)):
         pages = tensors[name]
         if pages.device.type != "cpu":
             raise InvalidArgument("KV on an accelerator is not supported yet", device=pages.device)
@@ -99,10 +102,11 @@ def order_of(vllm_config: Any, name: str, pages: torch.Tensor, shape: PageShape)
     return found_order(pages, shape, partial(_write, layer, pages))
 
 
-def layer_numbers(names: Sequence[str]) -> list[int]:
-    """Which layer of the model each is. Raises InvalidArgument where the names do not tell, or some are missing."""
+def layer_numbers(names: Sequence[str], expected: range | None = None) -> list[int]:
+    """Which layer of the model each is. `expected`: all that there must be; None: as many as there are, from the first
+    on. Raises InvalidArgument where the names do not tell, or others are there."""
     numbers = [_layer_number(name) for name in names]
-    if sorted(numbers) != list(range(len(names))):
+    if sorted(numbers) != list(range(len(names)) if expected is None else expected):
         raise InvalidArgument("the layers' names do not tell their order", first=min(names), last=max(names))
     return numbers
 

@@ -42,9 +42,11 @@ class EngineFacts:
     head_dim: int
 
 
-def layout_of(facts: EngineFacts, *, chunk_tokens: int, revision: str | None, head_groups: int = 1) -> KVLayout:
-    """`revision`: in place of a digest of the weights. How many workers the engine has is no part of it: `head_groups`
-    is what those who share agree on. Raises InvalidArgument where the weights cannot be known."""
+def layout_of(
+    facts: EngineFacts, *, chunk_tokens: int, revision: str | None, layer_groups: int = 1, head_groups: int = 1
+) -> KVLayout:
+    """`revision`: in place of a digest of the weights. How many workers the engine has is no part of it: `layer_groups`
+    and `head_groups` are what those who share agree on. Raises InvalidArgument where the weights cannot be known."""
     weights = revision or weights_of(facts.model, facts.revision, facts.load_format)
     rope = _rope(facts)
     # A rotation that a layout cannot name is told apart by what the configuration says of it.
@@ -56,7 +58,7 @@ def layout_of(facts: EngineFacts, *, chunk_tokens: int, revision: str | None, he
     return KVLayout.uniform(
         model=PurePath(facts.model).name, revision=f"vllm:{digest}", num_layers=facts.num_layers,
         kv_heads=facts.kv_heads, head_dim=facts.head_dim, dtype=facts.dtype, chunk_tokens=chunk_tokens, rope=rope,
-        partition=Partition(head_groups=head_groups),
+        partition=Partition(layer_groups, head_groups),
     )  # fmt: skip
 
 
@@ -116,13 +118,14 @@ class RequestKey:
 
 
 class Namespaces:
-    """The namespaces of an engine's requests: of all their KV, or of the heads that worker `rank` of `workers` has. Its
-    calls may be made from any thread."""
+    """The namespaces of an engine's requests: of all their KV, or of what a worker has of it, which is the layers
+    `stage`, and of these the heads of `rank` of `workers`. Its calls may be made from any thread."""
 
-    def __init__(self, client: Client, layout: KVLayout, *, rank: int = 0, workers: int = 1) -> None:
+    def __init__(
+        self, client: Client, layout: KVLayout, *, stage: range | None = None, rank: int = 0, workers: int = 1
+    ) -> None:  # fmt: skip
         self.layout = layout
-        groups = layout.partition.head_groups // workers
-        parts = range(rank * groups, (rank + 1) * groups)
+        parts = _parts_of(layout, stage or range(layout.num_layers), rank, workers)
 
         def made(extras: Extras | None) -> Namespace | PartsNamespace:
             if len(parts) == 1:
@@ -134,6 +137,22 @@ class Namespaces:
     def of(self, key: RequestKey) -> Namespace | PartsNamespace:
         """Raises InvalidArgument, OSError where the request's adapter cannot be read."""
         return self._of_extras(key.extras())
+
+
+def _parts_of(layout: KVLayout, stage: range, rank: int, workers: int) -> list[int]:
+    """Raises InvalidArgument where they would not be just what the worker has."""
+    partition = layout.partition
+    layers, heads = layout.num_layers // partition.layer_groups, partition.head_groups // workers
+    if stage.start % layers or stage.stop % layers or partition.head_groups % workers:
+        raise InvalidArgument(
+            "a worker must have whole groups of layers and of heads", layer_groups=partition.layer_groups,
+            head_groups=partition.head_groups, layers=f"{stage.start}-{stage.stop}", workers=workers,
+        )  # fmt: skip
+    return [
+        layer_group * partition.head_groups + head_group
+        for layer_group in range(stage.start // layers, stage.stop // layers)
+        for head_group in range(rank * heads, (rank + 1) * heads)
+    ]
 
 
 def _rope(facts: EngineFacts) -> RoPE | None:
