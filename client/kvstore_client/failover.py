@@ -16,10 +16,11 @@ from kvstore_client.errors import DeadlineExceeded, KvClientError, ProtocolViola
 
 
 class Failover:
-    """`changed` is told (node, "open" or "closed"). Any thread may call it, but for `turns`."""
+    """Of so many `seeds`; of one alone nothing is judged. `changed` is told (node, "open" or "closed"). Any thread may
+    call it, but for `turns`."""
 
-    def __init__(self, changed: Callable[[str, str], None]) -> None:
-        self._changed = changed
+    def __init__(self, seeds: int, changed: Callable[[str, str], None]) -> None:
+        self._alone, self._changed = seeds == 1, changed
         self._circuits: dict[str, Circuit] = {}
 
     def turns(self, nodes: Sequence[Node]) -> Iterator[tuple[Node, int]]:
@@ -28,7 +29,7 @@ class Failover:
         circuits = [self._circuit(node) for node in nodes]
         failing: list[Node] = []
         for at, (node, circuit) in enumerate(zip(nodes, circuits, strict=True)):
-            if len(nodes) == 1 or circuit.allow():
+            if self._alone or circuit.allow():
                 yield node, 1 + sum(other.state == "closed" for other in circuits[at + 1 :])
             else:
                 failing.append(node)
@@ -39,14 +40,14 @@ class Failover:
         return self._circuit(node).state == "closed"
 
     def answered(self, node: Node) -> None:
-        if self._circuit(node).succeed():
+        if not self._alone and self._circuit(node).succeed():
             self._changed(node.address, "closed")
 
     def failed(self, node: Node, error: KvClientError) -> None:
         """A call that ended by `error`, which may say nothing against the node."""
         if not _is_of_node(error):
             self.answered(node)
-        elif self._circuit(node).fail():
+        elif not self._alone and self._circuit(node).fail():
             self._changed(node.address, "open")
 
     def _circuit(self, node: Node) -> Circuit:

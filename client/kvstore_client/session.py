@@ -54,7 +54,9 @@ class Session:
         self.strict, self.tenant_key = strict, tenant_key
         self.metrics = client_metrics(registry)
         self.connections = Connections(seeds, transport, self._bulk_failed, tls)
-        self.failover = Failover(lambda node, state: self.metrics.circuit_changes.labels(node, state).inc())
+        self.failover = Failover(
+            len(set(seeds)), lambda node, state: self.metrics.circuit_changes.labels(node, state).inc()
+        )
         self.profiles = ProfileShelf(
             lambda: ProfileTransfer(self.tenant_key, self.executor, self.metrics), self.metrics
         )  # fmt: skip

@@ -50,7 +50,7 @@ def changes() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def failover(clock: Clock, changes: list[tuple[str, str]]) -> Failover:
-    return Failover(lambda node, state: changes.append((node, state)))
+    return Failover(3, lambda node, state: changes.append((node, state)))
 
 
 def order(failover: Failover, *nodes: Seed) -> list[tuple[Seed, int]]:
@@ -91,9 +91,11 @@ def test_after_a_pause_one_call_tries(
     assert changes == [("a:1", "open"), ("a:1", "closed")]
 
 
-def test_who_is_alone_is_always_asked(failover: Failover) -> None:
-    fail(failover, A)
-    assert order(failover, A) == [(A, 1)]
+def test_who_is_alone_is_always_asked_and_never_judged(clock: Clock, changes: list[tuple[str, str]]) -> None:
+    alone = Failover(1, lambda node, state: changes.append((node, state)))
+    fail(alone, A)
+    assert order(alone, A) == [(A, 1)]
+    assert changes == []
 
 
 @pytest.mark.parametrize(
