@@ -136,6 +136,7 @@ def test_what_is_computed_although_the_node_has_it_is_not_saved_again(
     assert engine.matched(longer) == 0
     _, (save,) = engine.scheduler.step(output(new=[("longer", [*BLOCKS, 20, 21, 22], 0)], scheduled=[("longer", 340)]))
     assert (save.first_token, len(save.tokens)) == (HELD, 320)
+    assert engine.count("computes", reason="slow") == 1
 
 
 def test_who_fails_requests_for_a_load_that_falls_short_breaks_none_off(start_engine: Callable[..., Engine]) -> None:
