@@ -73,6 +73,7 @@ def test_a_node_that_dies_costs_the_load_and_nothing_else(engines: list[Engine],
     (load,), _ = reader.scheduler.step(output())
     assert reader.loaded(load) == set(blocks)
     assert reader.count("loads", outcome="failed") == 1
+    assert reader.count("short_loads", reason="unavailable") == 1
     reader.scheduler.loaded(["r"], set(blocks))
     assert reader.scheduler.matched(asked, 0) == (0, False)  # computed, not tried for ever
     assert reader.matched(request("next")) == 0
