@@ -192,7 +192,7 @@ class Receiving:
         size_bytes = sum(len(blob.data) for blob in blobs)
         exact = all(chunk.quality is Quality.RAW for chunk in chunks)
         if exact and (blobs[0].in_place or size_bytes <= AT_ONCE_BYTES_MAX):
-            self._outcomes += self._exact(decodes, size_bytes)
+            self._exact(decodes, size_bytes)
             return
         for chunk, blob, decode in zip(chunks, blobs, decodes, strict=True):
             self._outcomes.append(self._elsewhere(wanted, chunk, blob, decode))
@@ -202,20 +202,19 @@ class Receiving:
         place = codec.token_slice(into, first, first + chunk.tokens)
         return partial(decode_object, self._node, wanted, chunk, blob, place, self._coder)
 
-    def _exact(self, decodes: Sequence[Decode], size_bytes: int) -> list[Future[Fetched]]:
+    def _exact(self, decodes: Sequence[Decode], size_bytes: int) -> None:
         """In as many shares as pay, one of them by this thread, and those that no other thread had time for."""
-        count = min(self._tools.threads, len(decodes), max(1, size_bytes // AT_ONCE_BYTES_MAX))
+        timing, count = self._tools.timing, min(self._tools.threads, len(decodes))
+        count = min(count, max(1, size_bytes // AT_ONCE_BYTES_MAX))
         bounds = [len(decodes) * share // count for share in range(count + 1)]
         *others, mine = (decodes[first:last] for first, last in pairwise(bounds))
-        begun = [self._tools.executor.submit(_decoded, share, None, self._tools.timing) for share in others]
-        last = _outcome(_decoded(mine, None, self._tools.timing))
-        return [
-            *(
-                _outcome(_decoded(share, None, self._tools.timing)) if future.cancel() else future
-                for share, future in zip(others, begun, strict=True)
-            ),
-            last,
-        ]
+        begun = len(self._outcomes)
+        # Noted before this thread does its own: whatever interrupts that, they have ended when the get has.
+        self._outcomes += [self._tools.executor.submit(_decoded, share, None, timing) for share in others]
+        self._outcomes.append(_outcome(_decoded(mine, None, timing)))
+        for at, share in enumerate(others, begun):
+            if self._outcomes[at].cancel():
+                self._outcomes[at] = _outcome(_decoded(share, None, timing))
 
     def _elsewhere(self, wanted: Wanted, chunk: ChunkHit, blob: Blob, decode: Decode) -> Future[Fetched]:
         try:

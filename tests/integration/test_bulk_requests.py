@@ -236,8 +236,9 @@ def places(node: NodeProcess, hold_ms: int) -> Iterator[BulkSocket]:
 # Puts
 
 
-def test_a_put_that_breaks_off_leaves_nothing(bulk_node: NodeProcess) -> None:
-    refs = codec.chunk_refs(LAYOUT, TOKENS[:32])
+def offer_of(tokens: int) -> tuple[store_pb2.PutOffer, list[bytes]]:
+    """Of a prompt's first tokens, with the objects."""
+    refs = codec.chunk_refs(LAYOUT, TOKENS[:tokens])
     blobs = [
         codec.encode(codec.token_slice(KV, ref.first_token, ref.first_token + 16), LAYOUT, quality="raw",
                      first_position=ref.first_token, chunk_hash=ref.hash)
@@ -250,6 +251,11 @@ def test_a_put_that_breaks_off_leaves_nothing(bulk_node: NodeProcess) -> None:
             for ref, blob in zip(refs, blobs, strict=True)
         ],
     )  # fmt: skip
+    return offer, blobs
+
+
+def test_a_put_that_breaks_off_leaves_nothing(bulk_node: NodeProcess) -> None:
+    offer, blobs = offer_of(32)
     offered = frame(Kind.OFFER, 0, store_pb2.PutRequest(offer=offer).SerializeToString())
     first = frame(Kind.OBJECT, 0, blobs[0])
     for sent in (
@@ -274,19 +280,7 @@ def test_a_put_that_breaks_off_leaves_nothing(bulk_node: NodeProcess) -> None:
 
 
 def test_a_put_of_a_damaged_object_stores_the_others(bulk_node: NodeProcess) -> None:
-    refs = codec.chunk_refs(LAYOUT, TOKENS[:48])
-    blobs = [
-        codec.encode(codec.token_slice(KV, ref.first_token, ref.first_token + 16), LAYOUT, quality="raw",
-                     first_position=ref.first_token, chunk_hash=ref.hash)
-        for ref in refs
-    ]  # fmt: skip
-    offer = store_pb2.PutOffer(
-        namespace_id=LAYOUT.namespace_id, layout=LAYOUT.canonical_bytes,
-        objects=[
-            store_pb2.ObjectOffer(chunk_hash=ref.hash, parent_hash=ref.parent, object_bytes=len(blob))
-            for ref, blob in zip(refs, blobs, strict=True)
-        ],
-    )  # fmt: skip
+    offer, blobs = offer_of(48)
     blobs[1] = blobs[1][:-1] + bytes([blobs[1][-1] ^ 1])
     with let_in(bulk_node) as connection:
         connection.send(Kind.OFFER, 0, store_pb2.PutRequest(offer=offer).SerializeToString())
