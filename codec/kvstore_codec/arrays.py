@@ -30,8 +30,10 @@ Bits = npt.NDArray[np.unsignedinteger[Any]]
 class PagedKV:
     """KV that lies in an engine's pages, read and written in place.
 
-    `caches`: one (k, v) a layer, each `[blocks, page_tokens, kv_heads, dim]` (any strides). `block_ids`: the pages that
-    hold the sequence, in its order. Token i of the KV is token (first_token + i) of those pages; there are `tokens`.
+    `caches`: one (k, v) a layer, each `[blocks, page_tokens, kv_heads, dim]` (any strides), or where an engine lays
+    pages out for a matrix unit, with tokens and dim in groups: `[blocks, token_groups, group_tokens, kv_heads,
+    dim_groups, group_dim]`. `block_ids`: the pages that hold the sequence, in its order. Token i of the KV is token
+    (first_token + i) of those pages; there are `tokens`.
     """
 
     caches: Sequence[tuple[Any, Any]]
@@ -41,7 +43,7 @@ class PagedKV:
 
 
 class PagedPlane(NamedTuple):
-    """A plane in pages: `pages` [blocks, page_tokens, heads, dim], `block_ids` int64 of those that hold it."""
+    """A plane in pages: `pages` as `PagedKV` has them, `block_ids` int64 of those that hold it."""
 
     pages: Bits
     block_ids: npt.NDArray[np.int64]
@@ -50,7 +52,8 @@ class PagedPlane(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.tokens, int(self.pages.shape[2]), int(self.pages.shape[3])
+        _, _, heads, dim = page_shape(self.pages)
+        return self.tokens, heads, dim
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -65,21 +68,11 @@ class PagedPlane(NamedTuple):
         return self.itemsize * int(np.prod(self.shape))
 
     @property
-    def places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(page, token in it) of every token."""
+    def places(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """(page, token in it), or (page, group, token in it), of every token."""
         at = np.arange(self.first_token, self.first_token + self.tokens)
-        page_tokens = self.pages.shape[1]
-        return self.block_ids[at // page_tokens], at % page_tokens
-
-    @property
-    def pieces(self) -> list[tuple[int, int, int]]:
-        """(page, first token in it, last token + 1) of each page that holds some of the tokens, in their order."""
-        page_tokens, end = int(self.pages.shape[1]), self.first_token + self.tokens
-        return [
-            (int(self.block_ids[number]), max(0, self.first_token - number * page_tokens),
-             min(page_tokens, end - number * page_tokens))
-            for number in range(self.first_token // page_tokens, -(-end // page_tokens))
-        ]  # fmt: skip
+        page_tokens, token_axes = page_shape(self.pages)[1], self.pages.shape[1 : self.pages.ndim // 2]
+        return self.block_ids[at // page_tokens], *np.unravel_index(at % page_tokens, token_axes)
 
 
 Plane = Bits | PagedPlane
@@ -87,15 +80,27 @@ Plane = Bits | PagedPlane
 Places = Bits | list[Plane]
 
 
+def page_shape(pages: npt.NDArray[Any]) -> tuple[int, int, int, int]:
+    """(blocks, page_tokens, kv_heads, dim) of one layer's K or V as `PagedKV` has them: in 4 or 6 axes."""
+    if pages.ndim == 6:
+        blocks, groups, tokens, heads, dim_groups, dim = pages.shape
+        return blocks, groups * tokens, heads, dim_groups * dim
+    blocks, tokens, heads, dim = pages.shape
+    return blocks, tokens, heads, dim
+
+
 def read(plane: Plane) -> Bits:
     """A contiguous copy, `[tokens, heads, dim]`."""
-    return plane.pages[plane.places] if isinstance(plane, PagedPlane) else np.array(plane, order="C")
+    return (
+        plane.pages[plane.places].reshape(plane.shape) if isinstance(plane, PagedPlane) else np.array(plane, order="C")
+    )
 
 
 def write(plane: Plane, bits: Bits) -> None:
     """Copies `bits` into the plane's memory."""
     if isinstance(plane, PagedPlane):
-        plane.pages[plane.places] = bits
+        groups = plane.pages.shape[plane.pages.ndim // 2 + 1 :]
+        plane.pages[plane.places] = bits.reshape(*bits.shape[:2], *groups)
     else:
         plane[...] = bits
 
@@ -197,12 +202,13 @@ def _paged(kv: PagedKV, layout: KVLayout) -> list[Plane]:
     for index, array in enumerate(_bits(array, layout.dtype) for pair in kv.caches for array in pair):
         layer = layout.layers[index // 2]
         name = f"{'v' if index % 2 else 'k'} pages of layer {index // 2}"
-        if array.ndim != 4 or array.shape[2:] != (layer.kv_heads, layer.v_dim if index % 2 else layer.k_dim):
+        blocks, page_tokens, *row = page_shape(array) if array.ndim in (4, 6) else (0, 0)
+        if row != [layer.kv_heads, layer.v_dim if index % 2 else layer.k_dim]:
             raise LayoutError(f"{name} must be [blocks, page_tokens, kv_heads, dim]", got=array.shape)
-        if kv.first_token + kv.tokens > len(block_ids) * array.shape[1]:
+        if kv.first_token + kv.tokens > len(block_ids) * page_tokens:
             raise LayoutError(f"{name}: block_ids hold fewer than first_token + tokens", pages=len(block_ids))
-        if block_ids.size and not 0 <= block_ids.min() <= block_ids.max() < array.shape[0]:
-            raise LayoutError(f"{name}: a block id is out of range", blocks=array.shape[0])
+        if block_ids.size and not 0 <= block_ids.min() <= block_ids.max() < blocks:
+            raise LayoutError(f"{name}: a block id is out of range", blocks=blocks)
         planes.append(PagedPlane(array, block_ids, kv.tokens, kv.first_token))
     return planes
 

@@ -59,7 +59,8 @@ inline constexpr i64 kStreamSymbols = 1 << 17, kStreamPairSymbols = 1 << 15;
 inline constexpr std::size_t kWindow = 32;  // tokens coded block by block before the next come
 
 // One plane of a caller's array: element (token, head, d) lies at the strides' sum, in bytes. In an engine's pages, token
-// t is token (first_token + t) of the pages that `pages` lists.
+// t is token (first_token + t) of the pages that `pages` lists. Pages may be laid out for a matrix unit: then a page's
+// tokens, and the elements of a head, come in groups of so many, and the strides are those within a group. 0: no groups.
 struct PlaneView {
     u8* data = nullptr;
     std::size_t tokens = 0, heads = 0, dim = 0;
@@ -67,19 +68,23 @@ struct PlaneView {
     const i64* pages = nullptr;
     std::size_t page_tokens = 0, first_token = 0;
     std::ptrdiff_t page_stride = 0;
+    std::size_t token_group = 0, dim_group = 0;  // whole groups make a page, and a head
+    std::ptrdiff_t token_group_stride = 0, dim_group_stride = 0;
 
     std::size_t channels() const { return heads * dim; }
     u8* at(std::size_t token) const {
         if (data == nullptr) return nullptr;  // a plane without components may have no memory
         if (pages == nullptr) return data + static_cast<std::ptrdiff_t>(token) * token_stride;
-        const std::size_t place = first_token + token;
-        return data + static_cast<std::ptrdiff_t>(pages[place / page_tokens]) * page_stride +
-               static_cast<std::ptrdiff_t>(place % page_tokens) * token_stride;
+        const std::size_t place = first_token + token, in_page = place % page_tokens;
+        u8* const page = data + static_cast<std::ptrdiff_t>(pages[place / page_tokens]) * page_stride;
+        if (token_group == 0) return page + static_cast<std::ptrdiff_t>(in_page) * token_stride;
+        return page + static_cast<std::ptrdiff_t>(in_page / token_group) * token_group_stride +
+               static_cast<std::ptrdiff_t>(in_page % token_group) * token_stride;
     }
     // Whether a token's elements lie together.
     bool whole_rows(std::size_t bytes) const {
         const auto element = static_cast<std::ptrdiff_t>(bytes);
-        return (dim <= 1 || dim_stride == element) && (heads <= 1 || head_stride == static_cast<std::ptrdiff_t>(dim) * element);
+        return dim_group == 0 && (dim <= 1 || dim_stride == element) && (heads <= 1 || head_stride == static_cast<std::ptrdiff_t>(dim) * element);
     }
 };
 
@@ -88,18 +93,23 @@ namespace detail {
 template <std::size_t Bytes, bool ToRow>
 void copy_row(const PlaneView& plane, std::size_t token, u8* row) {
     u8* const first = plane.at(token);
-    const bool together = plane.dim <= 1 || plane.dim_stride == static_cast<std::ptrdiff_t>(Bytes);
+    const bool groups = plane.dim_group != 0;
+    const bool together = !groups && (plane.dim <= 1 || plane.dim_stride == static_cast<std::ptrdiff_t>(Bytes));
+    const std::size_t run = groups ? plane.dim_group : plane.dim;
     for (std::size_t head = 0; head < plane.heads; ++head) {
-        u8* from = first + static_cast<std::ptrdiff_t>(head) * plane.head_stride;
+        u8* const start = first + static_cast<std::ptrdiff_t>(head) * plane.head_stride;
         if (together) {
-            if constexpr (ToRow) std::memcpy(row, from, plane.dim * Bytes);
-            else std::memcpy(from, row, plane.dim * Bytes);
+            if constexpr (ToRow) std::memcpy(row, start, plane.dim * Bytes);
+            else std::memcpy(start, row, plane.dim * Bytes);
             row += plane.dim * Bytes;
             continue;
         }
-        for (std::size_t d = 0; d < plane.dim; ++d, row += Bytes, from += plane.dim_stride) {
-            if constexpr (ToRow) std::memcpy(row, from, Bytes);
-            else std::memcpy(from, row, Bytes);
+        for (std::size_t group = 0; group * run < plane.dim; ++group) {
+            u8* from = start + static_cast<std::ptrdiff_t>(group) * plane.dim_group_stride;
+            for (std::size_t d = 0; d < run; ++d, row += Bytes, from += plane.dim_stride) {
+                if constexpr (ToRow) std::memcpy(row, from, Bytes);
+                else std::memcpy(from, row, Bytes);
+            }
         }
     }
 }

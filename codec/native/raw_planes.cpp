@@ -19,7 +19,7 @@ void store(u8* at, u64 value) { std::memcpy(at, &value, sizeof value); }
 std::size_t together(const PlaneView& plane, std::size_t token, std::size_t element) {
     if (!plane.whole_rows(element)) return 0;
     const std::size_t left = plane.tokens - token;
-    if (left > 1 && plane.token_stride != static_cast<std::ptrdiff_t>(plane.channels() * element)) return 1;
+    if (plane.token_group != 0 || (left > 1 && plane.token_stride != static_cast<std::ptrdiff_t>(plane.channels() * element))) return 1;
     return plane.pages == nullptr ? left : std::min(left, plane.page_tokens - (plane.first_token + token) % plane.page_tokens);
 }
 

@@ -304,8 +304,23 @@ def test_torch_and_dlpack_arrays() -> None:
         assert bits(restored) == values.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def paged(kv: Any, layout: codec.KVLayout, page_tokens: int, first_token: int, order: Any) -> codec.PagedKV:
-    """`kv` spread over pages in a shuffled order, head-major pages, so that rows do not lie together."""
+def grouped(count: int, wanted: int) -> tuple[int, int]:
+    """`count` in groups of `wanted`, or of one where that does not go."""
+    return (count // wanted, wanted) if count % wanted == 0 else (count, 1)
+
+
+def places(cache: Any, tokens: Any, block_ids: Any) -> tuple[Any, ...]:
+    """Where a cache of pages has these tokens."""
+    axes = cache.shape[1 : cache.ndim // 2]
+    page_tokens = int(np.prod(axes))
+    return np.asarray(block_ids)[tokens // page_tokens], *np.unravel_index(tokens % page_tokens, axes)
+
+
+def paged(
+    kv: Any, layout: codec.KVLayout, page_tokens: int, first_token: int, order: Any, tiles: bool = False
+) -> codec.PagedKV:
+    """`kv` spread over pages in a shuffled order, head-major pages, so that rows do not lie together. `tiles`: of 4
+    tokens by 2 elements, or what goes."""
     pairs = kv if isinstance(kv, list) else [(layer[0], layer[1]) for layer in kv]
     tokens = pairs[0][0].shape[0]
     pages = -(-(first_token + tokens) // page_tokens)
@@ -315,36 +330,42 @@ def paged(kv: Any, layout: codec.KVLayout, page_tokens: int, first_token: int, o
         sides: list[Any] = []
         for array in pair:
             heads, dim = array.shape[1:]
-            cache = np.zeros((pages + 2, heads, page_tokens, dim), array.dtype).transpose(0, 2, 1, 3)
-            at = np.arange(first_token, first_token + tokens)
-            cache[block_ids[at // page_tokens], at % page_tokens] = array
+            if tiles:
+                (groups, group), (dim_groups, group_dim) = grouped(page_tokens, 4), grouped(dim, 2)
+                memory = np.zeros((pages + 2, heads, groups, dim_groups, group, group_dim), array.dtype)
+                cache = memory.transpose(0, 2, 4, 1, 3, 5)
+            else:
+                cache = np.zeros((pages + 2, heads, page_tokens, dim), array.dtype).transpose(0, 2, 1, 3)
+            at = places(cache, np.arange(first_token, first_token + tokens), block_ids)
+            cache[at] = array.reshape(cache[at].shape)
             sides.append(cache)
         caches.append((sides[0], sides[1]))
     return codec.PagedKV(caches, block_ids, tokens, first_token)
 
 
-@given(layouts(), st.integers(1, 40), st.integers(0, 2**32), st.sampled_from([1, 3, 16]), st.integers(0, 20))
+@given(
+    layouts(), st.integers(1, 40), st.integers(0, 2**32), st.sampled_from([1, 3, 16]), st.integers(0, 20), st.booleans()
+)
 @settings(deadline=None, max_examples=60)
 def test_pages_are_read_and_written_in_place(
-    layout: codec.KVLayout, tokens: int, seed: int, page_tokens: int, first_token: int
+    layout: codec.KVLayout, tokens: int, seed: int, page_tokens: int, first_token: int, tiles: bool
 ) -> None:
     kv = random_kv(layout, min(tokens, layout.chunk_tokens), seed)
     order = np.random.default_rng(seed)
     for quality in ("raw", "lossless", "high"):
         blob = codec.encode(kv, layout, quality=quality, first_position=7)
-        assert codec.encode(paged(kv, layout, page_tokens, first_token, order), layout, quality=quality,
+        assert codec.encode(paged(kv, layout, page_tokens, first_token, order, tiles), layout, quality=quality,
                             first_position=7) == blob  # fmt: skip
         for coder in (*NATIVE.values(), REFERENCE):
             empty = [(np.zeros_like(k), np.zeros_like(v)) for k, v in (kv if isinstance(kv, list) else map(tuple, kv))]
-            out = paged(empty, layout, page_tokens, first_token, order)
+            out = paged(empty, layout, page_tokens, first_token, order, tiles)
             codec.decode(blob, layout, out=out, coder=coder)
             expected = paged(codec.decode(blob, layout), layout, page_tokens, first_token, np.random.default_rng(0))
             at = np.arange(first_token, first_token + out.tokens)
             for got, want in zip(out.caches, expected.caches, strict=True):
                 for a, b in zip(got, want, strict=True):
-                    places = at // page_tokens, at % page_tokens
-                    left = a[np.asarray(out.block_ids)[places[0]], places[1]]
-                    assert bits(left) == bits(b[np.asarray(expected.block_ids)[places[0]], places[1]])
+                    left = a[places(a, at, out.block_ids)]
+                    assert bits(left) == bits(b[places(b, at, expected.block_ids)])
                     assert (a != 0).sum() == (left != 0).sum(), "nothing outside the sequence is written"
 
 

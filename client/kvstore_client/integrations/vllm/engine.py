@@ -70,7 +70,7 @@ def facts_of(vllm_config: Any, kv_cache_config: Any, stage: range | None = None)
 def pages_of(
     vllm_config: Any, kv_cache_config: Any, tensors: Mapping[str, torch.Tensor], stage: range | None = None
 ) -> list[tuple[PagePlane, PagePlane]]:
-    """(k, v) of each layer in the model's order, `[blocks, page_tokens, kv_heads, dim]`: views of the engine's memory.
+    """(k, v) of each layer in the model's order, as `PagedKV` has them: views of the engine's memory.
     `stage`: which layers must be there; None: as many as there are, from the first on.
 
     Raises InvalidArgument for memory that is laid out in no known way, or cannot be reached from here.

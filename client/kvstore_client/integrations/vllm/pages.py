@@ -1,9 +1,9 @@
 """How an engine's KV lies in its pages, as views in the order in which kvstore knows KV.
 
 An engine keeps one tensor a layer, cut into pages (*blocks*). `views` gives each as (k, v), both
-`[blocks, page_tokens, kv_heads, dim]` whatever the order in memory: nothing is copied, and what is written to a view is
-written to the page. They are what `PagedKV` takes, so the codec reads and writes pages in place, and chunks of engines
-with different pages are the same chunks.
+`[blocks, page_tokens, kv_heads, dim]` whatever the order in memory, with tokens and dim split in two where no strides
+say it otherwise: nothing is copied, and what is written to a view is written to the page. They are what `PagedKV`
+takes, so the codec reads and writes pages in place, and chunks of engines with different pages are the same chunks.
 
 `PageOrder` names what is known:
 
@@ -13,6 +13,9 @@ with different pages are the same chunks.
   the V of a token and head side by side
 - CPU_VEC   declared as PACKED_HND, but the memory of each (block, head) is K transposed, `[dim, page_tokens]`, followed
   by V, `[page_tokens, dim]`: what vLLM's vectorised CPU attention makes of it
+- CPU_AMX   declared as PACKED_HND, but K and V of each (block, head) are tiles for Intel's matrix unit, in which pairs
+  lie together that it multiplies at once: of K two elements of a token, `[page_tokens/16, dim/2, 16, 2]`, of V two
+  tokens, `[dim/16, page_tokens/2, 16, 2]`; vLLM takes it for bfloat16 where the CPU has AMX
 
 The order cannot be read from a tensor's shape or strides: `found_order` lets the engine write a page and looks.
 """
@@ -33,6 +36,11 @@ class PageOrder(str, Enum):
     PACKED_NHD = "packed-nhd"
     PACKED_HND = "packed-hnd"
     CPU_VEC = "cpu-vec"
+    CPU_AMX = "cpu-amx"
+
+
+#: A tile of CPU_AMX: so many columns of pairs.
+_TILE, _PAIR = 16, 2
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ class PageShape:
 
 
 def views(pages: Any, order: PageOrder, shape: PageShape) -> tuple[Any, Any]:
-    """(k, v) of one layer's `pages`, a torch tensor: views `[blocks, page_tokens, kv_heads, dim]` of its memory.
+    """(k, v) of one layer's `pages`, a torch tensor: views `[blocks, page_tokens, kv_heads, dim]` of its memory; of
+    CPU_AMX `[blocks, token_groups, group_tokens, kv_heads, dim_groups, group_dim]`.
 
     Raises InvalidArgument where the tensor is not what `order` and `shape` say, or its pages have gaps inside.
     """
@@ -65,6 +74,12 @@ def views(pages: Any, order: PageOrder, shape: PageShape) -> tuple[Any, Any]:
         raise InvalidArgument("the page of a head must be one piece of memory", strides=tuple(pages.stride()))
     blocks = pages.shape[0]
     halves = pages.flatten(2).unflatten(2, (2, tokens * dim))
+    if order is PageOrder.CPU_AMX:
+        if tokens % _TILE or dim % _TILE:
+            raise InvalidArgument("pages are cut into tiles of 16 tokens and 16 elements", page_tokens=tokens, dim=dim)
+        k = halves[:, :, 0].unflatten(2, (tokens // _TILE, dim // _PAIR, _TILE, _PAIR)).permute(0, 2, 4, 1, 3, 5)
+        v = halves[:, :, 1].unflatten(2, (dim // _TILE, tokens // _PAIR, _TILE, _PAIR)).permute(0, 3, 5, 1, 2, 4)
+        return k, v
     k = halves[:, :, 0].unflatten(2, (dim, tokens)).permute(0, 3, 1, 2)
     v = halves[:, :, 1].unflatten(2, (tokens, dim)).permute(0, 2, 1, 3)
     assert k.shape == v.shape == (blocks, tokens, heads, dim)
@@ -91,7 +106,9 @@ def found_order(pages: Any, shape: PageShape, write: Callable[[Any, Any], None])
         found = [
             order
             for order, pair in fitting
-            if all(torch.equal(plane[0].cpu(), want) for plane, want in zip(pair, (k, v), strict=True))
+            if all(
+                torch.equal(plane[0].cpu().reshape(want.shape), want) for plane, want in zip(pair, (k, v), strict=True)
+            )
         ]
     finally:
         for plane, held in zip([plane for _, pair in fitting for plane in pair], before, strict=True):

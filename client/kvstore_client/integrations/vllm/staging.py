@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: one layer's K or V, `[blocks, page_tokens, kv_heads, dim]`, in any order in memory
+#: one layer's K or V as `PagedKV` has them, in any order in memory
 PagePlane = npt.NDArray[Any]
 
 

@@ -21,7 +21,7 @@ from kvstore_client.integrations.vllm.staging import PagePlane, Staging
 from kvstore_client.integrations.vllm.work import Load, Report, Save
 from kvstore_client.planner.estimates import Speeds
 from kvstore_client.results import PutResult
-from kvstore_codec.arrays import PagedKV
+from kvstore_codec.arrays import PagedKV, page_shape
 
 LOADS_MAX = 4  # at a time
 #: vLLM's null block: no request's KV lies there, and what does is never read. Loads leave there what is not theirs.
@@ -39,7 +39,7 @@ class _Loaded:
 
 
 class WorkerSide:
-    """`caches`: (k, v) of each layer's pages, `[blocks, page_tokens, kv_heads, dim]`, views of the engine's memory."""
+    """`caches`: (k, v) of each layer's pages as `PagedKV` has them, views of the engine's memory."""
 
     def __init__(
         self, config: ConnectorConfig, namespaces: Namespaces, metrics: ConnectorMetrics,
@@ -47,7 +47,7 @@ class WorkerSide:
     ) -> None:  # fmt: skip
         self._config, self._namespaces, self._metrics = config, namespaces, metrics
         self._caches = caches
-        self._page_tokens = caches[0][0].shape[1]
+        self._page_tokens = page_shape(caches[0][0])[1]
         page_bytes = sum(plane[0].nbytes for kv in caches for plane in kv)
         self._staging = Staging(caches, max(1, (config.stage_mib << 20) // page_bytes))
         self._loading: dict[str, tuple[Load, Future[_Loaded]]] = {}
