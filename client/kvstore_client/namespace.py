@@ -117,7 +117,8 @@ class AsyncNamespace:
         is worse, by its own coding or because of the prefix that it was computed on, is a miss; for exact KV ask for
         min_quality="lossless". `out`: an array to decode into, in any form that `codec.encode` takes, with room for
         some whole chunks; `kv` is a view of its first n tokens ((k, v) of each layer where `out` is only DLPack), what
-        lies behind them is unspecified. Without it, a new numpy array (or list of (k, v) where layers differ).
+        lies behind them is unspecified, and may be no numbers: clear it where an attention kernel reads beyond the last
+        token. Without it, a new numpy array (or list of (k, v) where layers differ).
 
         `first_token`: a multiple of chunk_tokens; what is before it the caller has. `kv`, `n` and `out` are then of the
         tokens from there on, and whether the chunks before are stored makes no difference.

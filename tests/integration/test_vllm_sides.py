@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,6 +73,7 @@ def test_a_node_that_dies_costs_the_load_and_nothing_else(engines: list[Engine],
     reader.scheduler.allocated(asked, blocks, HELD)
     (load,), _ = reader.scheduler.step(output())
     assert reader.loaded(load) == set(blocks)
+    assert not reader.kv(blocks).any()
     assert reader.count("loads", outcome="failed") == 1
     assert reader.count("short_loads", reason="unavailable") == 1
     reader.scheduler.loaded(["r"], set(blocks))
@@ -80,6 +82,25 @@ def test_a_node_that_dies_costs_the_load_and_nothing_else(engines: list[Engine],
     reader.worker.save(Save("r", RequestKey(), np.array(PROMPT[:64], np.uint32), 0, (1, 2)))
     wait_until(lambda: reader.count("saves", outcome="rejected") == 1, "the save is given up", deadline_s=30)
     reader.worker.close()
+
+
+def test_blocks_that_a_load_did_not_fill_hold_zeros(engines: list[Engine]) -> None:
+    """Nothing of what a damaged object may have left: attention multiplies it by zero, and no number stays none."""
+    writer, reader = engines
+    ours = list(range(1, 20))
+    saved(writer, ours)
+    asked = request()
+    assert reader.matched(asked) == HELD
+    blocks = [1, 2, 3, 4, 5, 6, 7, 8]
+    reader.scheduler.allocated(asked, blocks, HELD)
+    (load,), _ = reader.scheduler.step(output())
+    others = reader.kv([9, 10])
+    tokens = load.tokens.copy()
+    tokens[192:] += 1  # nobody has stored that
+    assert reader.loaded(replace(load, tokens=tokens)) == {7, 8}
+    assert np.array_equal(reader.kv(blocks)[:, :, :192], writer.kv(ours)[:, :, :192])
+    assert not reader.kv([7, 8]).any()
+    assert np.array_equal(reader.kv([9, 10]), others)
 
 
 def test_of_several_workers_the_one_that_failed_need_not_be_the_last(engines: list[Engine]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kvstore_client import KVLayout, Quality
@@ -97,6 +99,16 @@ def test_what_a_worker_only_doubts_counts_for_as_long_as_it_does_there() -> None
     case.measured(1e9).planner.learn({NODE: Speeds(1e6, 0.001, FAST_DECODE, doubt_s=2.0)})
     case.now_s += 2.1
     assert case.decide() == Decision(2048, "load")
+
+
+@pytest.mark.parametrize(("lookup_s", "choice"), [(0.1, "probe"), (0.4, "probe"), (1.5, "compute")])
+def test_a_lookup_that_took_as_long_as_the_doubt_does_not_outwait_it(lookup_s: float, choice: str) -> None:
+    """Both end 2.1 s after the doubt, of 2 s, began."""
+    case = Case(1000)
+    case.planner.learn({NODE: Speeds(1e6, 0.001, FAST_DECODE, doubt_s=2.0)})
+    case.now_s += 2.1
+    asked = replace(found(8), seconds=lookup_s)
+    assert case.planner.decide(asked, 0, 8 * 256 + 40).choice == choice
 
 
 @pytest.mark.parametrize(("chunks", "tokens"), [(0, 0), (3, 768)])

@@ -85,6 +85,7 @@ class Lookups:
         answers: list[Found] = []
 
         def held(seconds: float) -> int:
+            began_s = time.monotonic()
             try:
                 hit = namespace.lookup(tokens, lease_ms=int(LEASE_S * 1000), deadline=seconds)
             except KvClientError:
@@ -92,7 +93,8 @@ class Lookups:
                     raise
                 return 0  # counted by the client
             node = hit.lease.node if hit.lease is not None else ""
-            answers.append(Found(good_enough(hit.chunks, self._floor), node, hit.latency_s))
+            took_s = time.monotonic() - began_s
+            answers.append(Found(good_enough(hit.chunks, self._floor), node, hit.latency_s, took_s))
             return answers[-1].tokens
 
         wait_for(min(promised, len(tokens)) // size * size, held, self._lookup_s, self._closing)

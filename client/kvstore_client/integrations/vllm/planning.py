@@ -21,11 +21,12 @@ from kvstore_codec import KVLayout, Quality
 @dataclass(frozen=True)
 class Found:
     """What a lookup found that is good enough: chunks from the prompt's first on, on `node`, which takes `latency_s`
-    for an answer."""
+    for an answer, and took `seconds` for this one."""
 
     chunks: Sequence[ChunkHit] = ()
     node: str = ""
     latency_s: float = 0.0
+    seconds: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -72,6 +73,7 @@ class LoadPlanner:
         now, prefill = self._clock(), self._prefill.cost
         peer = self._peers.setdefault(found.node, PeerEstimates())
         peer.latency.observe(found.latency_s)
+        peer.link.answered(found.seconds, now)
         if prefill is None:
             return Decision(found.tokens, "probe")
         chunks = found.chunks[computed // self._layout.chunk_tokens :]

@@ -103,8 +103,7 @@ class WorkerSide:
             self._metrics.count("loads", "whole" if whole else "part" if tokens > load.first_token else "failed")
             if not whole:
                 self._metrics.count("short_loads", reason)
-            first = max(tokens, load.first_token) // self._page_tokens
-            self._failed_blocks.update(load.block_ids[first:])
+            self._failed_blocks.update(self._blocks_from(load, tokens))
         return ended
 
     def failed_blocks(self) -> set[int]:
@@ -129,7 +128,28 @@ class WorkerSide:
 
     def _get(self, load: Load) -> _Loaded:
         """In a thread."""
-        began_s = time.monotonic()
+        began_s, tokens = time.monotonic(), 0
+        try:
+            loaded = self._fetched(load)
+            tokens = loaded.tokens
+        finally:
+            self._clear(self._blocks_from(load, tokens))
+            self._metrics.observe("load_seconds", time.monotonic() - began_s)
+        return loaded
+
+    def _clear(self, block_ids: Sequence[int]) -> None:
+        """What a damaged object has left in blocks may be no numbers, and attention kernels multiply what lies behind
+        the last token computed by zero: the block's next request would have no numbers either."""
+        for pair in self._caches:
+            for plane in pair:
+                for block in block_ids:
+                    plane[block] = 0
+
+    def _blocks_from(self, load: Load, tokens: int) -> Sequence[int]:
+        """Blocks of a load of which the first `tokens` of the prompt are good that hold what is not."""
+        return load.block_ids[max(tokens, load.first_token) // self._page_tokens :]
+
+    def _fetched(self, load: Load) -> _Loaded:
         size = self._namespaces.layout.chunk_tokens
         first = load.first_token // size * size
         theirs = (load.first_token - first) // self._page_tokens
@@ -142,7 +162,6 @@ class WorkerSide:
             load.tokens, min_quality=self._config.quality, out=PagedKV(self._caches, blocks, len(load.tokens) - first),
             first_token=first, node=load.node, deadline=self._config.deadline_s, **goal,
         )  # fmt: skip
-        self._metrics.observe("load_seconds", time.monotonic() - began_s)
         return _Loaded(first + restored.n, cache.speeds(), restored.reason)
 
     def _put(self, save: Save, pages: Sequence[int]) -> PutResult:
