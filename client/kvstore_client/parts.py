@@ -142,7 +142,7 @@ def _layout_of(layout: KVLayout, parts: Sequence[int]) -> KVLayout:
 def _part_of(kv: KVArray, layers: slice, heads: slice) -> KVArray:
     """Views of some layers' some heads, in the form in which `kv` came."""
     if isinstance(kv, PagedKV):
-        return replace(kv, caches=[(k[:, :, heads], v[:, :, heads]) for k, v in kv.caches[layers]])
+        return kv.part(layers, heads)
     if isinstance(kv, list | tuple):
         return [(k[:, heads], v[:, heads]) for k, v in kv[layers]]
     return kv[layers, :, :, heads]

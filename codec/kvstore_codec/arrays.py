@@ -41,6 +41,10 @@ class PagedKV:
     tokens: int
     first_token: int = 0
 
+    def part(self, layers: slice, heads: slice) -> PagedKV:
+        """Some layers' some heads, in the same pages."""
+        return replace(self, caches=[(_heads(k, heads), _heads(v, heads)) for k, v in self.caches[layers]])
+
 
 class PagedPlane(NamedTuple):
     """A plane in pages: `pages` as `PagedKV` has them, `block_ids` int64 of those that hold it."""
@@ -87,6 +91,10 @@ def page_shape(pages: npt.NDArray[Any]) -> tuple[int, int, int, int]:
         return blocks, groups * tokens, heads, dim_groups * dim
     blocks, tokens, heads, dim = pages.shape
     return blocks, tokens, heads, dim
+
+
+def _heads(pages: Any, heads: slice) -> Any:
+    return pages[(slice(None),) * (pages.ndim // 2) + (heads,)]
 
 
 def read(plane: Plane) -> Bits:

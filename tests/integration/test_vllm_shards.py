@@ -32,7 +32,7 @@ pytestmark = pytest.mark.model
 
 TOKENS, CHUNK, PAGE = 256, 64, 16
 HEADS, DIM, LAYERS = 12, 64, 30
-ORDERS = {1: PageOrder.CPU_VEC, 2: PageOrder.PACKED_HND, 4: PageOrder.PACKED_NHD}  # as engines may differ
+ORDERS = {1: PageOrder.CPU_AMX, 2: PageOrder.CPU_VEC, 4: PageOrder.PACKED_NHD}  # as engines may differ
 
 
 @dataclass
@@ -99,11 +99,13 @@ class Engine:
             for layer, pair in enumerate(caches):
                 for side, plane in enumerate(pair):
                     for number, block in enumerate(block_ids):
-                        plane[block] = mine[layer, side, number * PAGE : (number + 1) * PAGE]
+                        page = mine[layer, side, number * PAGE : (number + 1) * PAGE]
+                        plane[block] = page.reshape(plane[block].shape)
 
     def kv(self, block_ids: list[int]) -> npt.NDArray[Any]:
+        size = (len(block_ids) * PAGE, self.heads, DIM)
         shards = [
-            np.stack([np.stack([np.concatenate([plane[b] for b in block_ids]) for plane in pair]) for pair in caches])
+            np.stack([np.stack([plane[block_ids].reshape(size) for plane in pair]) for pair in caches])
             for caches in self.caches
         ]
         stages = [shards[first : first + self.degree] for first in range(0, len(shards), self.degree)]
