@@ -125,6 +125,7 @@ def serve(
         str | None, typer.Option(help="Nodes asked for what this one lacks: host:port, several with commas.")
     ] = None,
     upstream_timeout_ms: Annotated[int | None, typer.Option(help="Longest wait for a node upstream.")] = None,
+    upstream_transport: Annotated[str | None, typer.Option(help="auto, grpc, tcp, unix or shm.")] = None,
     upstream_write: Annotated[str | None, typer.Option(help="off, behind or through.")] = None,
     upstream_tls_ca: Annotated[
         Path | None, typer.Option(help="Certificates that sign those upstream (default: no TLS to them).")
@@ -152,7 +153,8 @@ def serve(
         "redis_password_file": redis_password_file, "redis_ca": redis_ca, "redis_cert": redis_cert,
         "redis_key": redis_key, "redis_ttl_s": redis_ttl_s, "redis_prefix": redis_prefix,
         "redis_timeout_ms": redis_timeout_ms, "redis_write": redis_write, "upstream": upstream,
-        "upstream_timeout_ms": upstream_timeout_ms, "upstream_write": upstream_write,
+        "upstream_timeout_ms": upstream_timeout_ms, "upstream_transport": upstream_transport,
+        "upstream_write": upstream_write,
         "upstream_tls_ca": upstream_tls_ca, "upstream_tls_cert": upstream_tls_cert,
         "upstream_tls_key": upstream_tls_key, "upstream_tls_name": upstream_tls_name, "log_level": log_level,
         "log_format": log_format,

@@ -25,6 +25,11 @@ class UpstreamConfig(BaseModel):
     upstream_timeout_ms: int = Field(
         default=250, ge=1, le=60_000, description="longest wait for a node upstream to answer a lookup, or to go on"
     )
+    upstream_transport: Literal["auto", "grpc", "tcp", "unix", "shm"] = Field(
+        default="auto",
+        description="how objects come from upstream: auto: the best way that works; grpc, tcp, unix, shm: that one, or "
+        "gRPC where it cannot be had",
+    )
     upstream_write: Literal["off", "behind", "through"] = Field(
         default="behind",
         description="what is put goes upstream behind the put, before it is answered, or never: off",

@@ -14,7 +14,7 @@ from kvstore.engine.outside import PutObject
 from kvstore.engine.owed import Owed, OwedObject
 from kvstore.engine.owed_file import OwedFile, OwedJournal
 from kvstore.engine.upstream import Upstream
-from kvstore.engine.upstream_peer import GrpcPeer
+from kvstore.engine.upstream_peer import RemotePeer
 from kvstore.engine.upstream_repair import Whole
 from kvstore.errors import ConfigError, DiskUnusable
 from kvstore.metrics import NodeMetrics
@@ -39,14 +39,15 @@ def open_upstream(
     )  # fmt: skip
 
 
-def upstream_peers(config: NodeConfig, metrics: NodeMetrics) -> list[GrpcPeer]:
+def upstream_peers(config: NodeConfig, metrics: NodeMetrics) -> list[RemotePeer]:
     """One a seed. Raises ConfigError."""
     rng, tls = random.Random(), upstream_tls(config)
     try:
         return [
-            GrpcPeer(
+            RemotePeer(
                 address, metrics, timeout_s=config.upstream_timeout_ms / 1000,
                 object_bytes_max=config.object_bytes_max, clock=time.monotonic, rng=rng, tls=tls,
+                transport=config.upstream_transport,
             )
             for address in config.upstream_seeds
         ]  # fmt: skip

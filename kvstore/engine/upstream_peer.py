@@ -1,4 +1,4 @@
-"""One node upstream, over gRPC, and whether it is there.
+"""One node upstream, over gRPC and for what is read the bulk path, and whether it is there.
 
 A node that fails once is not asked again until it is found: a connection of its own, made anew for each try, is asked
 twice a second at least, so that a node that hangs costs its callers one timeout, and one that is back is used soon
@@ -12,18 +12,23 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
-import grpc
+import numpy as np
 
 from kvstore.engine.outside import Chain, FoundChunk, PutObject, Sent
 from kvstore.metrics import NodeMetrics
 from kvstore_client.circuit import Circuit, State
 from kvstore_client.connection import Connections, Node, failures, understood, worth_another_node
+from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, InvalidArgument, KvClientError, ProtocolViolation
 from kvstore_client.tls import TLS
+from kvstore_client.transports.blob import Blob
+from kvstore_client.transports.bulk_path import Transport
 from kvstore_client.transports.put_stream import PutStream, put_stream
+from kvstore_client.transports.transfer import Fetch
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
@@ -69,19 +74,43 @@ class Peer(Protocol):
     async def aclose(self) -> None: ...
 
 
-class GrpcPeer:
+@dataclass(frozen=True)
+class _Wanted:
+    """Of a chain, as transports take it: only the node knows its layout."""
+
+    chain: Chain
+    quality: Quality
+    object_bytes_max: int
+
+    @property
+    def chunks(self) -> Sequence[bytes]:
+        return self.chain.hashes
+
+    def bytes_max(self, index: int) -> int:
+        return self.object_bytes_max
+
+    def request(self, lease_id: bytes) -> pb.FetchRequest:
+        chain = self.chain
+        return pb.FetchRequest(
+            namespace_id=chain.namespace_id, chunk_hashes=b"".join(chain.hashes), part=chain.part,
+            quality=self.quality, lease_id=lease_id, first_chunk_hash=chain.first,
+        )  # fmt: skip
+
+
+class RemotePeer:
     """`timeout_s`: as of upstream_timeout_ms. `object_bytes_max`: more is not taken from it. `tls`: its files are read
-    with every try to find the node again. Raises InvalidArgument where they cannot be used."""
+    with every try to find the node again. `transport`: which way what is read comes. Raises InvalidArgument where
+    certificates cannot be used."""
 
     def __init__(
         self, address: str, metrics: NodeMetrics, *, timeout_s: float, object_bytes_max: int,
-        clock: Callable[[], float], rng: random.Random, tls: TLS | None = None,
+        clock: Callable[[], float], rng: random.Random, tls: TLS | None = None, transport: Transport = "auto",
     ) -> None:  # fmt: skip
         self.address = address
         self._metrics, self._timeout_s, self._object_bytes_max = metrics, timeout_s, object_bytes_max
         self._circuit = Circuit(clock, rng, FAILURES_MAX, PAUSE_S_MAX)
-        self._tls = tls
-        self._connections = Connections((address,), tls=tls)
+        self._tls, self._transport = tls, transport
+        self._connections = self._connected()
         self._warming: asyncio.Task[bool] | None = None
         self._search: asyncio.Task[None] | None = None
 
@@ -112,20 +141,27 @@ class GrpcPeer:
         return found[: fits.index(False)] if False in fits else found
 
     async def fetch(self, chain: Chain, quality: Quality) -> AsyncGenerator[memoryview, None]:
-        request = pb.FetchRequest(
-            namespace_id=chain.namespace_id, chunk_hashes=b"".join(chain.hashes), part=chain.part, quality=quality,
-            first_chunk_hash=chain.first,
-        )  # fmt: skip
+        wanted = _Wanted(chain, quality, self._object_bytes_max)
+        came = _Arrivals(FETCH_PATIENCE * self._timeout_s)
+        loop, last, at = asyncio.get_running_loop(), None, 0
         async with self._call("fetch") as node:
-            call = node.stub.Fetch(request, timeout=STREAM_S_MAX)
+            fetch = Fetch(
+                node, wanted, b"", Deadline(STREAM_S_MAX), came.count, taken_by=Deadline(came.patience_s)
+            )  # fmt: skip
             try:
-                for at in range(len(chain)):
-                    data = await self._object(node, call, at)
-                    if data is None:
-                        return
-                    yield data
+                async with aclosing(fetch.objects()) as blobs:
+                    while (blob := await came.next(blobs, node)) is not None:
+                        data = await loop.run_in_executor(node.bulk.executor, _owned, blob)
+                        at += 1
+                        if at < len(chain):
+                            yield data
+                        else:  # not before the stream has ended: who has all that he wants asks no further
+                            last = data
+                await fetch.confirm()
             finally:
-                call.cancel()
+                await fetch.aclose()
+            if last is not None:
+                yield last
 
     async def put(self, objects: Sequence[PutObject]) -> list[Sent]:
         async with self._call("put") as node, put_stream(node, STREAM_S_MAX) as stream:
@@ -189,7 +225,7 @@ class GrpcPeer:
     async def _try(self) -> None:
         """Over a new connection: the old one may wait for a machine that has forgotten it."""
         try:
-            connections = unused = Connections((self.address,), tls=self._tls)
+            connections = unused = self._connected()
         except InvalidArgument as error:  # its certificates are being renewed, say
             self._metrics.warn_once("upstream tls", "upstream: %s", error)
             self._circuit.fail()
@@ -205,32 +241,47 @@ class GrpcPeer:
         finally:
             await unused.aclose()
 
-    async def _object(self, node: Node, call: Any, at: int) -> memoryview | None:
-        """The next object of a fetch, which is to be number `at`; None: there is none."""
-        buffer, received = bytearray(), 0
-        while True:
-            message = await _within(FETCH_PATIENCE * self._timeout_s, call.read(), node)
-            if message is grpc.aio.EOF:  # type: ignore[attr-defined]
-                _check(node, not received, "a fetch ended inside an object")
-                return None
-            framed: Framed[pb.FetchResponse] = understood(node, message)
-            head, data = framed.head, framed.data
-            size = head.object_bytes if not received else len(buffer)
-            sane = (
-                head.chunk_index == at
-                and head.offset == received
-                and 0 < len(data) <= DATA_BYTES_MAX
-                and received + len(data) <= size <= self._object_bytes_max
-            )
-            _check(node, sane, "a fetch sent a piece out of place")
-            if len(data) == size:
-                return memoryview(data)
-            if not received:
-                buffer = bytearray(size)
-            buffer[received : received + len(data)] = data
-            received += len(data)
-            if received == size:
-                return memoryview(buffer)
+    def _connected(self) -> Connections:
+        """Raises InvalidArgument for certificates that cannot be used."""
+        return Connections((self.address,), self._transport, self._bulk_failed, self._tls)
+
+    def _bulk_failed(self, node: str, error: KvClientError) -> None:
+        """Objects come over gRPC meanwhile."""
+        self._metrics.upstream_failures.labels(node, "bulk", error.code.value).inc()
+        self._metrics.warn_once(f"upstream bulk {error.code.value}", "upstream: %s; gRPC instead", error)
+
+
+class _Arrivals:
+    """Objects as they come. An object may take any time while some of it comes; `patience_s`: while nothing does."""
+
+    def __init__(self, patience_s: float) -> None:
+        self.patience_s = patience_s
+        self._bytes = 0
+
+    def count(self, received: int) -> None:
+        self._bytes += received
+
+    async def next(self, blobs: AsyncGenerator[Blob, None], node: Node) -> Blob | None:
+        """None: there is none. Raises DeadlineExceeded, what `blobs` raises."""
+        coming = asyncio.ensure_future(anext(blobs, None))
+        try:
+            while not coming.done():
+                before = self._bytes
+                await asyncio.wait([coming], timeout=self.patience_s)
+                if not coming.done() and self._bytes == before:
+                    raise _no_progress(node, self.patience_s)
+            return coming.result()
+        finally:
+            if not coming.done():
+                coming.cancel()
+                await asyncio.wait([coming])
+
+
+def _owned(blob: Blob) -> memoryview:
+    """A copy: what transports receive into, or share, is theirs."""
+    data = np.frombuffer(blob.data, np.uint8).copy()
+    blob.done()
+    return data.data
 
 
 async def _answers(node: Node) -> bool:
@@ -248,7 +299,11 @@ async def _within(seconds: float, work: Awaitable[R], node: Node) -> R:
     try:
         return await asyncio.wait_for(work, seconds)
     except asyncio.TimeoutError:
-        raise DeadlineExceeded("the node makes no progress", node=node.address, seconds=seconds) from None
+        raise _no_progress(node, seconds) from None
+
+
+def _no_progress(node: Node, seconds: float) -> DeadlineExceeded:
+    return DeadlineExceeded("the node makes no progress", node=node.address, seconds=seconds)
 
 
 async def _send(node: Node, stream: PutStream, index: int, data: memoryview) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import signal
 import sqlite3
+import sys
 import threading
 import time
 from collections import Counter
@@ -16,11 +17,13 @@ from pathlib import Path
 
 import kv_objects as kv
 import pytest
+import relayed_node
+from bulk_peer import gauge
+from fault_relay import FaultRelay
 from node_process import NodeProcess
 from oracle import CHUNK_TOKENS, LAYOUT, Conversation
 from polling import wait_until
 from prometheus_client import CollectorRegistry
-from relay import Relay
 
 from kvstore_client import Client
 from kvstore_codec import Quality
@@ -35,18 +38,19 @@ pytestmark = pytest.mark.slow
 
 
 class Stack:
-    """An upstream behind a relay, a sidecar, and a client of it whose every answer is checked. Both nodes have a disk,
-    the upstream one that a put waits for: what it has taken outlives it."""
+    """An upstream with a relay before each of its addresses, a sidecar, and a client of it whose every answer is
+    checked. Both nodes have a disk, the upstream one that a put waits for: what it has taken outlives it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, transport: str) -> None:
+        self.folder, self.transport = folder, transport
+        self.relay = FaultRelay(folder)
         self.upstream = self._upstream("127.0.0.1:0")
-        self.relay = Relay(int(self.upstream.address.rpartition(":")[2]))
         self.start_sidecar()
 
     def start_sidecar(self) -> None:
         self.sidecar = NodeProcess(
-            self.folder, "--upstream", self.relay.address, "--upstream-timeout-ms", str(TIMEOUT_MS),
+            self.folder, "--upstream", self.relay.addresses[0], "--upstream-timeout-ms", str(TIMEOUT_MS),
+            "--upstream-transport", self.transport,
             "--host-capacity", "256MiB", "--disk-path", str(self.folder / "sidecar"), "--disk-capacity", "256MiB",
             listen=f"unix://{self.folder}/sidecar.sock", role="sidecar",
         )  # fmt: skip
@@ -54,10 +58,21 @@ class Stack:
         self._cache = self.client.namespace(LAYOUT)
 
     def _upstream(self, listen: str) -> NodeProcess:
-        return NodeProcess(
-            self.folder, "--host-capacity", "256MiB", "--disk-path", str(self.folder / "upstream"),
-            "--disk-capacity", "256MiB", "--disk-write", "through", "--log-level", "warning", listen=listen,
+        into = self.folder / "addresses"
+        environment = (f"RELAYED_AT={','.join(self.relay.addresses[1:])}", f"RELAYED_INTO={into}")
+        own = self.folder / f"{time.monotonic_ns()}.sock"
+        node = NodeProcess(
+            self.folder, "--bulk-listen", f"127.0.0.1:0,unix:{own}", "--host-capacity", "256MiB", "--disk-path",
+            str(self.folder / "upstream"), "--disk-capacity", "256MiB", "--disk-write", "through", "--log-level",
+            "warning", "--metrics-listen", "127.0.0.1:0", listen=listen,
+            command=("env", *environment, sys.executable, relayed_node.__file__),
         )  # fmt: skip
+        self.relay.point([node.address, *into.read_text().split("\n")])
+        return node
+
+    def bulk_connections(self) -> float:
+        """That the upstream has open."""
+        return gauge(self.upstream, "kvstore_bulk_connections")
 
     def put_upstream(self, talk: Conversation) -> None:
         kv.put(self.upstream.store, LAYOUT, talk.objects(CHUNKS, "high"))
@@ -104,8 +119,8 @@ class Stack:
 
 
 @pytest.fixture
-def stack(tmp_path: Path) -> Iterator[Stack]:
-    found = Stack(tmp_path)
+def stack(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stack]:
+    found = Stack(tmp_path, getattr(request, "param", "auto"))
     yield found
     found.close()
 
@@ -121,10 +136,24 @@ def stopped(stack: Stack) -> Callable[[], None]:
 
 
 def swallowed(stack: Stack) -> Callable[[], None]:
-    stack.relay.swallow()
-    return stack.relay.let_pass
+    stack.relay.inject("blackhole")
+    return stack.relay.heal
 
 
+TRANSPORTS = pytest.mark.parametrize("stack", ["grpc", "tcp", "shm"], indirect=True)
+
+
+@TRANSPORTS
+def test_objects_come_the_way_that_is_configured(stack: Stack) -> None:
+    talks = [Conversation(number) for number in range(8)]
+    for talk in talks:
+        stack.put_upstream(talk)
+    assert [stack.get(talk) for talk in talks] == [CHUNKS] * len(talks)
+    assert stack.bulk_connections() == (0 if stack.transport == "grpc" else 1), "one, used again"
+    assert stack.counters()["reads.upstream"] == CHUNKS * len(talks)
+
+
+@TRANSPORTS
 @pytest.mark.parametrize("fault", [killed, stopped, swallowed])
 def test_upstream_is_gone_and_comes_back(stack: Stack, fault: Callable[[Stack], Callable[[], None]]) -> None:
     here, there = Conversation(1), [Conversation(number) for number in range(100, 200)]
@@ -144,7 +173,7 @@ def test_upstream_is_gone_and_comes_back(stack: Stack, fault: Callable[[Stack], 
         if time.monotonic() - began_s > FAULT_S and reads > 3:
             break
     told = stack.counters()
-    assert told[f"upstream_circuit_changes.{stack.relay.address}.open"] == 1
+    assert told[f"upstream_circuit_changes.{stack.relay.addresses[0]}.open"] == 1
     assert stack.failures("lookup") + stack.failures("put") + stack.failures("fetch") <= 2, "then it is not asked"
     assert stack.upstream_state() != "closed"
     heal()
@@ -229,6 +258,7 @@ def owed_objects(folder: Path) -> int:
     return int(count)
 
 
+@TRANSPORTS
 def test_upstream_dies_while_a_prompt_is_read(stack: Stack) -> None:
     """What came counts, the rest is a miss."""
     talk = Conversation(1)
@@ -237,7 +267,7 @@ def test_upstream_dies_while_a_prompt_is_read(stack: Stack) -> None:
     others = [Conversation(number) for number in range(10, 60)]
     for other in others:
         stack.put_upstream(other)
-    stack.relay.slow_down(1 << 14, 0.01)
+    stack.relay.pause_s = 0.01
     killer = threading.Timer(0.2, stack.upstream.kill)
     killer.start()
     came = [stack.get(other) for other in others]
@@ -247,8 +277,23 @@ def test_upstream_dies_while_a_prompt_is_read(stack: Stack) -> None:
     stack.start_upstream_again()
     fresh = Conversation(500)
     stack.put_upstream(fresh)
-    stack.relay.speed_up()
+    stack.relay.pause_s = 0
     wait_until(lambda: stack.get(fresh) == CHUNKS, "it is asked again", deadline_s=RECOVERY_S_MAX)
+
+
+@TRANSPORTS
+@pytest.mark.parametrize("fault", ["garbage", "flip", "reset"])
+def test_what_upstream_sends_wrongly_is_a_miss(stack: Stack, fault: str) -> None:
+    """Never a wrong value (`get` looks), nor a late one."""
+    talks = [Conversation(number) for number in range(12)]
+    for talk in talks:
+        stack.put_upstream(talk)
+    assert stack.get(talks[0]) == CHUNKS
+    stack.relay.inject(fault)
+    came = [stack.get(talk) for talk in talks[1:5]]
+    stack.relay.heal()
+    assert came == [0] * 4 or fault != "garbage"
+    wait_until(lambda: stack.get(talks[-1]) == CHUNKS, "it is asked again", deadline_s=RECOVERY_S_MAX)
 
 
 def test_a_sidecar_starts_without_upstream(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from kvstore_client.deadline import Deadline
 from kvstore_client.errors import DeadlineExceeded, ProtocolViolation, Unavailable, from_status
 from kvstore_client.tls import LoadedTLS
 from kvstore_client.transports.blob import Blob, Buffers
-from kvstore_client.transports.wanted import Wanted
+from kvstore_client.transports.wanted import Wants
 from kvstore_codec import Quality
 from kvstore_proto.v1 import store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import BadFrame, Header, Kind, hello
@@ -87,7 +87,7 @@ class BulkConnection:
                 os.close(descriptor)
 
     def fetch(
-        self, wanted: Wanted, lease_id: bytes, deadline: Deadline, buffers: Buffers, ahead: threading.Semaphore,
+        self, wanted: Wants, lease_id: bytes, deadline: Deadline, buffers: Buffers, ahead: threading.Semaphore,
         hand_over: Callable[[Blob], None], count_received: Callable[[int], None],
     ) -> bool:  # fmt: skip
         """Hands over whole objects in the order of `wanted.chunks`, possibly fewer, each as soon as it is here; one of
@@ -132,7 +132,7 @@ class BulkConnection:
             self._check_end(payload)
             raise BadFrame("a get ended before it was answered")
 
-    def objects(self, wanted: Wanted, deadline: Deadline) -> Iterator[list[memoryview] | int]:
+    def objects(self, wanted: Wants, deadline: Deadline) -> Iterator[list[memoryview] | int]:
         """Objects in the order of `wanted.chunks`, possibly fewer: where the next ones lie in the node's memory, or how
         many bytes of the next are to be received by `receive_into` before more is asked for. Some in memory: then
         `release` tells if what was read there is good."""
@@ -212,7 +212,7 @@ class BulkConnection:
             self._socket.receive(Kind.RELEASED, until=deadline.remaining)
             self._owed = False
 
-    def _in_place(self, payload: bytes, wanted: Wanted, at: int) -> list[memoryview]:
+    def _in_place(self, payload: bytes, wanted: Wants, at: int) -> list[memoryview]:
         told, left = transfer_pb2.Places.FromString(payload), len(wanted.chunks) - at
         if self.memory is None or not 0 < len(told.offset) == len(told.object_bytes) <= left:
             raise BadFrame(f"{len(told.offset)} places came where {left} objects were to come")

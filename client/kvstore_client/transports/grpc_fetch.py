@@ -12,13 +12,13 @@ from kvstore_client.connection import Node, failures, understood
 from kvstore_client.deadline import Deadline
 from kvstore_client.errors import ProtocolViolation
 from kvstore_client.transports.blob import Blob, Buffers
-from kvstore_client.transports.wanted import Wanted
+from kvstore_client.transports.wanted import Wants
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
 
 async def objects(
-    node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, buffers: Buffers,
+    node: Node, wanted: Wants, lease_id: bytes, deadline: Deadline, buffers: Buffers,
     count_received: Callable[[int], None],
 ) -> AsyncGenerator[Blob, None]:  # fmt: skip
     """Whole objects in the order of `wanted.chunks`, possibly fewer. Raises the typed error of a failed call,
@@ -55,7 +55,7 @@ def _copy(data: memoryview | bytes, into: memoryview) -> None:
 
 
 def _check_piece(
-    node: Node, wanted: Wanted, message: Framed[pb.FetchResponse], index: int, received: int, object_bytes: int
+    node: Node, wanted: Wants, message: Framed[pb.FetchResponse], index: int, received: int, object_bytes: int
 ) -> int:
     """Length of a piece that continues object `index` after `received` bytes. Raises ProtocolViolation."""
     head, size = message.head, len(message.data)

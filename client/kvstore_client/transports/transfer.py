@@ -17,7 +17,7 @@ from kvstore_client.transports.blob import Blob
 from kvstore_client.transports.bulk_connection import BulkConnection
 from kvstore_client.transports.bulk_path import result_of
 from kvstore_client.transports.put_stream import PutStream, put_stream
-from kvstore_client.transports.wanted import Wanted
+from kvstore_client.transports.wanted import Wants
 from kvstore_proto.v1 import store_pb2 as pb
 from kvstore_proto.v1.framing import DATA_BYTES_MAX, Framed
 
@@ -29,11 +29,13 @@ class Fetch:
     """One fetch. Iterate `objects`, then `confirm`, and `aclose` in any case."""
 
     def __init__(
-        self, node: Node, wanted: Wanted, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None],
-        begun_anew: Callable[[], None] = lambda: None,
+        self, node: Node, wanted: Wants, lease_id: bytes, deadline: Deadline, count_received: Callable[[int], None],
+        begun_anew: Callable[[], None] = lambda: None, taken_by: Deadline | None = None,
     ) -> None:  # fmt: skip
-        """`begun_anew`: called where the request is made again, by another way."""
+        """`begun_anew`: called where the request is made again, by another way. `taken_by`: when there is to be a
+        connection, where that is not worth all of the deadline."""
         self._node, self._wanted, self._lease_id, self._deadline = node, wanted, lease_id, deadline
+        self._taken_by = taken_by or deadline
         self._buffers, self._count_received = node.bulk.buffers, count_received
         self._begun_anew = begun_anew
         self._in_place: BulkConnection | None = None
@@ -42,7 +44,7 @@ class Fetch:
     async def objects(self) -> AsyncGenerator[Blob, None]:
         """Whole objects in the order of the chunks wanted, possibly fewer; one at a time is to be taken, `done` with
         earlier ones may come later. Raises the typed error of what went wrong."""
-        connection = await self._node.bulk.take(self._deadline)
+        connection = await self._node.bulk.take(self._taken_by)
         came = False
         if connection is not None:
             try:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvstore_client.results import ChunkHit
 from kvstore_codec import KVLayout, Quality, object_bytes_max
 from kvstore_proto.v1 import store_pb2 as pb
+
+
+class Wants(Protocol):
+    """What transports have to know of it."""
+
+    @property
+    def chunks(self) -> Sequence[object]:
+        """In the order in which their objects are to come."""
+
+    def bytes_max(self, index: int) -> int:
+        """Of the object of a chunk."""
+
+    def request(self, lease_id: bytes) -> pb.FetchRequest: ...
 
 
 @dataclass(frozen=True)
