@@ -2,6 +2,7 @@
 
 from kvstore_codec.api import check_header, decode, encode, storable_quality
 from kvstore_codec.arrays import KVArray, PagedKV, empty, token_count, token_slice
+from kvstore_codec.arriving import Arriving
 from kvstore_codec.container import (
     HEADER_BYTES,
     CodecId,
@@ -51,6 +52,7 @@ from kvstore_codec.quality import Quality
 __all__ = [
     "DEFAULT_TENANT_KEY",
     "HEADER_BYTES",
+    "Arriving",
     "ChunkRef",
     "CodecError",
     "CodecId",

@@ -13,7 +13,7 @@ from kvstore.engine.stage import Checked, Stage, Staged, bytes_of
 from kvstore.index.entry import Described, ObjectKey, Retention
 from kvstore.metrics import NodeMetrics
 from kvstore.tiers.host import Reserved
-from kvstore_codec import KVLayout, ObjectHeader
+from kvstore_codec import KVLayout, ObjectHeader, ObjectInfo
 
 Settled = tuple[Outcome, str]
 
@@ -137,17 +137,40 @@ class Commit:
         return entry is not None and entry.layers_in("disk") == entry.layers
 
 
+class Arrival:
+    """`check` of a wanted object of a stage while it arrives in `buffer`, in order; one thread at a time. What is wrong
+    with it is told at its end."""
+
+    def __init__(self, buffer: memoryview, stage: Stage, offer: Offer) -> None:
+        # A view of its own: the stage's is released when the stage is closed, which a piece's thread may outlast.
+        self._arriving: codec.Arriving | None = codec.Arriving(buffer[:])
+        self._bytes, self._stage, self._offer = len(buffer), stage, offer
+        self._checked: Checked | None = None
+
+    def to(self, length: int) -> Checked | None:
+        """The first `length` bytes are there. What `check` finds, when all are."""
+        if self._arriving is not None:
+            try:
+                info = self._arriving.to(length)
+                if info is not None:
+                    self._checked = _header_of(info, self._stage, self._offer)
+            except codec.ObjectError as error:
+                self._checked = error.with_traceback(None)  # as in `check`
+            if self._checked is not None:
+                self._arriving = None
+        return self._checked if length == self._bytes else None
+
+
 def check(data: memoryview, stage: Stage, offer: Offer) -> Checked:
     """Whether an object is all it was offered as. Any thread may ask."""
     try:
-        return _header_of(data, stage, offer)
+        return _header_of(codec.verify(data), stage, offer)
     except codec.ObjectError as error:
         return error.with_traceback(None)  # its frames see the object, and memory that somebody sees is not free
 
 
-def _header_of(data: memoryview, stage: Stage, offer: Offer) -> ObjectHeader:
+def _header_of(info: ObjectInfo, stage: Stage, offer: Offer) -> ObjectHeader:
     """Raises codec.ObjectError."""
-    info = codec.verify(data)
     codec.check_header(info.header, stage.layout, chunk_hash=offer.hash, part=stage.part)
     if info.quality != offer.quality or info.header.quality != offer.quality:
         raise codec.ForeignObject(

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from kvstore.engine.commit import check
+from kvstore.engine.commit import Arrival
 from kvstore.engine.node import Node, Offer, Result, Stage
 from kvstore.engine.stage import Checked
 from kvstore.errors import Code, InvalidRequest, KvStoreError
@@ -30,6 +30,8 @@ from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 
 #: What is made room for ahead of the socket.
 BATCH_BYTES = 16 << 20
+#: Of an object, what is received before it is hashed: it is in a core's cache then.
+PIECE_BYTES = 256 << 10
 #: A connection that nobody asks anything is closed.
 UNUSED_S_MAX = 300.0
 R = TypeVar("R")
@@ -132,8 +134,8 @@ class Connection:
         self._socket.send(Kind.RESULTS, 0, wire.results(committed).SerializeToString())
 
     def _fill(self, stage: Stage) -> dict[int, Checked]:
-        """Receives the wanted objects, in the order of the offer, and the commit. Which of them came, checked here:
-        they are in this thread's caches, and the next one is on its way."""
+        """Receives the wanted objects, in the order of the offer, and the commit. Which of them came, checked here: a
+        piece is in this thread's caches, and the next one is on its way."""
         wanted = [index for index, verdict in enumerate(stage.verdicts) if verdict == "send"]
         buffers: dict[int, memoryview] = {}
         arrived: dict[int, Checked] = {}
@@ -148,10 +150,17 @@ class Connection:
             if index not in buffers:
                 buffers = self._start(_room(stage, wanted[at:])).result()
             buffer = buffers.pop(index)
-            self._socket.receive_into(buffer, after=self._metrics.put_bytes.inc)
-            arrived[index] = check(buffer, stage, stage.offers[index])
+            arrived[index] = self._received(buffer, Arrival(buffer, stage, stage.offers[index]))
         self._socket.receive(Kind.COMMIT)
         return arrived
+
+    def _received(self, buffer: memoryview, arrival: Arrival) -> Checked:
+        at, checked = 0, None
+        while checked is None:
+            end = min(at + PIECE_BYTES, len(buffer))
+            self._socket.receive_into(buffer[at:end], after=self._metrics.put_bytes.inc)
+            at, checked = end, arrival.to(end)
+        return checked
 
     def _share(self) -> None:
         if not self._local:

@@ -13,6 +13,7 @@ import os
 import socket
 import ssl
 import struct
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -20,6 +21,9 @@ from kvstore_proto.v1.bulk import HEADER_BYTES, BadFrame, Header, Kind, header, 
 
 #: Of a TLS record's plaintext there are at most 16 KiB; writes of this size keep them whole and memory bounded.
 TLS_WRITE_BYTES = 1 << 20
+#: TLS gives a record at a time, which takes little longer than to tell of it: so many are read before that is done, for
+#: at most so long.
+TLS_READ_BYTES, TLS_READ_S = 256 << 10, 0.002
 _VECTOR_MAX = 1024  # buffers that the kernel takes in one call
 _TIMEVAL = struct.Struct("@ll")
 
@@ -37,8 +41,7 @@ class BulkSocket:
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
         self._socket = sock
-        self._tls = isinstance(sock, ssl.SSLSocket)
-        self._waitall = 0 if self._tls else socket.MSG_WAITALL
+        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
         self._buffer = memoryview(bytearray(HEADER_BYTES))
         self._limit_s = 0.0
         if sock.family != socket.AF_UNIX:
@@ -54,7 +57,7 @@ class BulkSocket:
         if 0.9 * self._limit_s <= seconds <= self._limit_s:
             return
         self._limit_s = seconds
-        if self._tls:
+        if self._tls is not None:
             self._socket.settimeout(seconds)
             return
         part, whole = math.modf(seconds)
@@ -65,7 +68,7 @@ class BulkSocket:
     def send(self, kind: Kind, index: int, payload: bytes | memoryview = b"") -> None:
         """Raises ConnectionEnded, NoProgress."""
         with _failures():
-            if self._tls:
+            if self._tls is not None:
                 self._socket.sendall(header(kind, index, len(payload)))
                 self._send_tls(payload)
                 return
@@ -82,7 +85,7 @@ class BulkSocket:
         """Frames that are complete, in pieces, as few system calls as can be. Raises as `send`."""
         left = [memoryview(each) for each in buffers if len(each)]
         with _failures():
-            if self._tls:
+            if self._tls is not None:
                 for each in left:
                     self._send_tls(each)
                 return
@@ -104,22 +107,19 @@ class BulkSocket:
         """Fills `view`. `until`: seconds left for all of it, asked again after each piece; `after` is told each piece's
         length. Raises ConnectionEnded, NoProgress."""
         at, length = 0, len(view)
-        while at < length:
-            if until is not None:
-                left = until()
-                if left <= 0:
-                    raise NoProgress
-                self.limit(left)
-            with _failures():
-                if self._tls:
-                    got = self._socket.recv_into(view[at:])
-                else:
-                    got = self._socket.recv_into(view[at:], 0, self._waitall)
-            if not got:
-                raise ConnectionEnded
-            at += got
-            if after is not None:
-                after(got)
+        with _failures():
+            while at < length:
+                if until is not None:
+                    left = until()
+                    if left <= 0:
+                        raise NoProgress
+                    self.limit(left)
+                got = self._receive_some(view[at:])
+                if not got:
+                    raise ConnectionEnded
+                at += got
+                if after is not None:
+                    after(got)
 
     def payload(self, found: Header) -> bytes:
         """Of a control frame. Raises as `receive_into`."""
@@ -161,6 +161,18 @@ class BulkSocket:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _receive_some(self, view: memoryview) -> int:
+        """How many bytes came; 0: the peer has ended it."""
+        if self._tls is None:
+            return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+        read, at, end = self._tls.read, 0, min(len(view), TLS_READ_BYTES)
+        end_s = time.monotonic() + TLS_READ_S
+        while at < end and (got := read(end - at, view[at:])):  # type: ignore[arg-type]  # any buffer is one
+            at += got
+            if time.monotonic() >= end_s:
+                break
+        return at
 
     def _send_tls(self, data: bytes | memoryview) -> None:
         for first in range(0, len(data), TLS_WRITE_BYTES):
