@@ -111,10 +111,8 @@ class BulkSocket:
                     raise NoProgress
                 self.limit(left)
             with _failures():
-                if self._tls:
-                    got = self._socket.recv_into(view[at:])
-                else:
-                    got = self._socket.recv_into(view[at:], 0, self._waitall)
+                rest = view[at:]
+                got = self._receive_tls(rest) if self._tls else self._socket.recv_into(rest, 0, self._waitall)
             if not got:
                 raise ConnectionEnded
             at += got
@@ -161,6 +159,22 @@ class BulkSocket:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
+
+    def _receive_tls(self, view: memoryview) -> int:
+        """Waits for a record, and takes those with it that are here already: there are thousands, of 16 KiB each, and
+        what else is done for each takes as long as its decryption."""
+        receive = self._socket.recv_into
+        at, length = receive(view), len(view)
+        if 0 < at < length:
+            self._socket.settimeout(0)
+            try:
+                while at < length and (got := receive(view[at:])):
+                    at += got
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
+            finally:
+                self._socket.settimeout(self._limit_s)
+        return at
 
     def _send_tls(self, data: bytes | memoryview) -> None:
         for first in range(0, len(data), TLS_WRITE_BYTES):
