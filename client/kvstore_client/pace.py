@@ -12,7 +12,7 @@ from kvstore_client.planner.estimates import DecodeEstimates, PeerEstimates
 from kvstore_client.planner.refine import Refine
 from kvstore_client.planner.sizes import LayerSizes
 from kvstore_client.transports.blob import Blob
-from kvstore_codec import ObjectHeader
+from kvstore_codec import ObjectHeader, Quality
 from kvstore_codec.layout import DTYPE_BYTES
 
 #: Longer than this share of the time between two objects in our own hands: the link may be faster than it looks.
@@ -55,6 +55,10 @@ class Timing:
         elements = header.raw_bytes // DTYPE_BYTES[header.dtype]
         self._decode.observe(header.quality_at(size_bytes), elements, seconds, self.clock())
         self._sizes.learn(header)
+
+    def copied(self, elements: int, seconds: float) -> None:
+        """As `decoded`, of raw objects of so many elements together."""
+        self._decode.observe(Quality.RAW, elements, seconds, self.clock())
 
     async def objects(self, objects: AsyncGenerator[Blob, None]) -> AsyncGenerator[Blob, None]:
         """`objects`, timed; ends earlier where this fetch is not to go on."""

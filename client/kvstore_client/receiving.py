@@ -1,8 +1,8 @@
 """The thread of a get over a bulk connection: asks, receives, and has decoded, all in blocking calls.
 
-What is exact is checked and copied into its place by the thread that receives it, of objects in the node's memory
-together with the threads that decode; what takes decoding goes to those, while the next object arrives. Nothing that a
-node sends is trusted, as in `fetching.py`.
+What is raw is checked and copied into its place by the thread that receives it, in pieces as they come, or of objects
+in the node's memory together with the threads that decode (raw_objects.py); what takes decoding goes to those, while
+the next object arrives. Nothing that a node sends is trusted, as in `fetching.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kvstore_client.errors import DeadlineExceeded, KvClientError
 from kvstore_client.fetching import Fetched, ProfileSource, decode_object, profile_named
 from kvstore_client.lookups import good_enough, hits_of, lookup_request
 from kvstore_client.pace import Timing
+from kvstore_client.raw_objects import RawObjects
 from kvstore_client.results import ChunkHit
 from kvstore_client.transports.blob import Blob
 from kvstore_client.transports.bulk_connection import BulkConnection
@@ -32,8 +33,8 @@ from kvstore_client.transports.wanted import Wanted
 from kvstore_codec import ChunkRef, KVArray, KVLayout, Profile, Quality
 
 RECEIVED_AHEAD = 4  # objects that are here and not decoded
-#: An exact object up to here is copied sooner than another thread would have taken it over.
-AT_ONCE_BYTES_MAX = 2 << 20
+#: So much is copied sooner than another thread would have taken it over.
+SHARE_BYTES_MIN = 2 << 20
 #: Decodes one object.
 Decode = Callable[["Profile | None", Timing], None]
 
@@ -128,34 +129,33 @@ class Receiving:
     def _fetch(self, wanted: Wanted, into: KVArray) -> KvClientError | None:
         """What ended it early."""
         problem, in_place, index = None, False, 0
+        raw: RawObjects | None = None
         last_s = time.monotonic()
         try:
             for found in self.connection.objects(wanted, self._deadline):
-                waited_s = 0.0
-                if isinstance(found, list):
-                    in_place = True
-                    blobs = [Blob(place, in_place=True) for place in found]
-                    self._tools.timing.received(sum(map(len, found)))
-                else:
-                    waited_s = self._wait_for_turn()
-                    blobs = [self._received(found)]
+                raw = raw or self._raw_objects(wanted, into)
+                in_place |= isinstance(found, list)
+                blobs, waited_s = self._arrived(raw, index, found)
                 self.came = True
                 now_s = time.monotonic()
-                self._tools.timing.came(sum(len(blob.data) for blob in blobs), now_s - last_s, waited_s, now_s)
+                size_bytes = sum(map(len, found)) if isinstance(found, list) else found
+                self._tools.timing.came(size_bytes, now_s - last_s, waited_s, now_s)
                 problem = problem or self._problem()
                 if problem is None:
-                    self._decode(wanted, index, blobs, into)
-                    index += len(blobs)
+                    self._decode(raw, wanted, index, blobs, into)
                 else:
                     for blob in blobs:
                         blob.done()
                     if not in_place:
                         return problem
                     # The rest is let pass: what was read in place is to be confirmed behind it.
+                index += len(found) if isinstance(found, list) else 1
                 last_s = time.monotonic()
         except KvClientError as error:
             problem, self.broken = problem or error, error
         finally:
+            if raw is not None:
+                raw.close()
             self._settle()
         if in_place and self.broken is None:
             try:
@@ -166,6 +166,29 @@ class Receiving:
             self._outcomes.clear()
         return problem
 
+    def _raw_objects(self, wanted: Wanted, into: KVArray) -> RawObjects:
+        timing = self._tools.timing
+
+        def decode(index: int, blob: Blob) -> None:
+            self._decode_of(wanted, index, blob, into)(None, timing)
+
+        return RawObjects(self._node, wanted, into, timing, self._coder, decode)
+
+    def _arrived(self, raw: RawObjects, index: int, found: list[memoryview] | int) -> tuple[list[Blob], float]:
+        """What there is to decode of the objects from chunk `index` on, and for how many seconds they waited for us."""
+        if isinstance(found, list):
+            self._tools.timing.received(sum(map(len, found)))
+            return [Blob(place, in_place=True) for place in found], 0.0
+        begin, waited_s = memoryview(b""), 0.0
+        if raw.are(index, found):
+            arrived = raw.receive(self.connection, index, found, self._deadline)
+            begin, waited_s = arrived.left, arrived.copying_s
+            if not begin:
+                self._outcomes.append(_outcome(Fetched(int(arrived.error is None), arrived.error)))
+                return [], waited_s
+        waited_s += self._wait_for_turn()
+        return [self._received(found, begin)], waited_s
+
     def _wait_for_turn(self) -> float:
         """Until few enough objects are here; how many seconds that took."""
         asked_s = time.monotonic()
@@ -173,10 +196,12 @@ class Receiving:
             raise DeadlineExceeded("the call's deadline passed", seconds=self._deadline.seconds)
         return time.monotonic() - asked_s
 
-    def _received(self, size: int) -> Blob:
+    def _received(self, size: int, begin: memoryview) -> Blob:
+        """An object that begins with what has been received already."""
         buffers = self._node.bulk.buffers
         buffer, view = buffers.take(size)
-        self.connection.receive_into(view, self._deadline, self._tools.timing.received)
+        view[: len(begin)] = begin
+        self.connection.receive_into(view[len(begin) :], self._deadline, self._tools.timing.received)
 
         def done() -> None:
             buffers.give_back(buffer)
@@ -184,37 +209,38 @@ class Receiving:
 
         return Blob(view, done)
 
-    def _decode(self, wanted: Wanted, index: int, blobs: Sequence[Blob], into: KVArray) -> None:
-        """Of the objects from chunk `index` on: here what is exact and either not large or in place, else in other
-        threads."""
+    def _decode(
+        self, raw: RawObjects, wanted: Wanted, index: int, blobs: Sequence[Blob], into: KVArray
+    ) -> None:  # fmt: skip
+        """Of the objects from chunk `index` on: here what is raw and in place, else in other threads."""
         chunks = wanted.chunks[index : index + len(blobs)]
-        decodes = [self._decode_of(wanted, chunk, blob, into) for chunk, blob in zip(chunks, blobs, strict=True)]
-        size_bytes = sum(len(blob.data) for blob in blobs)
-        exact = all(chunk.quality is Quality.RAW for chunk in chunks)
-        if exact and (blobs[0].in_place or size_bytes <= AT_ONCE_BYTES_MAX):
-            self._exact(decodes, size_bytes)
+        if blobs and blobs[0].in_place and all(chunk.quality is Quality.RAW for chunk in chunks):
+            self._copy(raw, index, blobs)
             return
-        for chunk, blob, decode in zip(chunks, blobs, decodes, strict=True):
-            self._outcomes.append(self._elsewhere(wanted, chunk, blob, decode))
+        for at, blob in enumerate(blobs, index):
+            self._outcomes.append(
+                self._elsewhere(wanted, wanted.chunks[at], blob, self._decode_of(wanted, at, blob, into))
+            )  # fmt: skip
 
-    def _decode_of(self, wanted: Wanted, chunk: ChunkHit, blob: Blob, into: KVArray) -> Decode:
+    def _decode_of(self, wanted: Wanted, index: int, blob: Blob, into: KVArray) -> Decode:
+        chunk = wanted.chunks[index]
         first = chunk.first_token - wanted.chunks[0].first_token
         place = codec.token_slice(into, first, first + chunk.tokens)
         return partial(decode_object, self._node, wanted, chunk, blob, place, self._coder)
 
-    def _exact(self, decodes: Sequence[Decode], size_bytes: int) -> None:
+    def _copy(self, raw: RawObjects, index: int, blobs: Sequence[Blob]) -> None:
         """In as many shares as pay, one of them by this thread, and those that no other thread had time for."""
-        timing, count = self._tools.timing, min(self._tools.threads, len(decodes))
-        count = min(count, max(1, size_bytes // AT_ONCE_BYTES_MAX))
-        bounds = [len(decodes) * share // count for share in range(count + 1)]
-        *others, mine = (decodes[first:last] for first, last in pairwise(bounds))
+        size_bytes = sum(len(blob.data) for blob in blobs)
+        count = min(self._tools.threads, len(blobs), max(1, size_bytes // SHARE_BYTES_MIN))
+        bounds = [len(blobs) * share // count for share in range(count + 1)]
+        *others, mine = ((index + first, blobs[first:last]) for first, last in pairwise(bounds))
         begun = len(self._outcomes)
         # Noted before this thread does its own: whatever interrupts that, they have ended when the get has.
-        self._outcomes += [self._tools.executor.submit(_decoded, share, None, timing) for share in others]
-        self._outcomes.append(_outcome(_decoded(mine, None, timing)))
+        self._outcomes += [self._tools.executor.submit(raw.copy, *share) for share in others]
+        self._outcomes.append(_outcome(raw.copy(*mine)))
         for at, share in enumerate(others, begun):
             if self._outcomes[at].cancel():
-                self._outcomes[at] = _outcome(_decoded(share, None, timing))
+                self._outcomes[at] = _outcome(raw.copy(*share))
 
     def _elsewhere(self, wanted: Wanted, chunk: ChunkHit, blob: Blob, decode: Decode) -> Future[Fetched]:
         try:
@@ -223,7 +249,7 @@ class Receiving:
         except KvClientError as error:
             blob.done()
             return _outcome(Fetched(error=error))
-        return self._tools.executor.submit(_decoded, [decode], profile, self._tools.timing)
+        return self._tools.executor.submit(_decoded, decode, profile, self._tools.timing)
 
     def _profile(self, profile_id: bytes) -> Profile:
         """Raises the typed error of why it cannot be had."""
@@ -270,14 +296,12 @@ class Receiving:
         return fetched
 
 
-def _decoded(decodes: Sequence[Decode], profile: Profile | None, timing: Timing) -> Fetched:
-    """How many came out well, up to the first that did not."""
-    for done, decode in enumerate(decodes):
-        try:
-            decode(profile, timing)
-        except KvClientError as error:
-            return Fetched(done, error)
-    return Fetched(len(decodes))
+def _decoded(decode: Decode, profile: Profile | None, timing: Timing) -> Fetched:
+    try:
+        decode(profile, timing)
+    except KvClientError as error:
+        return Fetched(error=error)
+    return Fetched(1)
 
 
 def _outcome(fetched: Fetched) -> Future[Fetched]:

@@ -56,3 +56,30 @@ class RawPlanes:
 
     def seal_into(self, object: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu')], head: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], segments: int) -> None:
         """the same, into memory of just that size"""
+
+class RawChunks:
+    """planes of the tokens of many chunks; see kvstore_codec.raw_chunks"""
+
+    def __init__(self, planes: Annotated[NDArray, dict(device='cpu', writable=False)] | Sequence[Annotated[NDArray, dict(device='cpu', writable=False)] | tuple[Annotated[NDArray, dict(device='cpu', writable=False)], Annotated[NDArray[numpy.int64], dict(shape=(None,), order='C', device='cpu', writable=False)], int, int]], itemsize: int, provenance_max: int, isa: int) -> None:
+        """planes, itemsize, isa: as of RawPlanes, of any number of tokens"""
+
+    def read(self, objects: Sequence[tuple[Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)], tuple[bytes, bytes, int, int, int]]]) -> int:
+        """
+        (object, chunk) of each; how many of the first are in their places. A chunk is (head, hash, position, first token in the planes, tokens)
+        """
+
+class RawChunkReader:
+    """one object of RawChunks, in pieces"""
+
+    def __init__(self, chunks: object, chunk: tuple[bytes, bytes, int, int, int]) -> None: ...
+
+    def take(self, data: Annotated[NDArray[numpy.uint8], dict(shape=(None,), order='C', device='cpu', writable=False)]) -> int:
+        """how many of the object's next bytes are done with"""
+
+    @property
+    def state(self) -> int:
+        """0 reading, 1 done, 2 another object, 3 damaged"""
+
+    @property
+    def segment(self) -> int:
+        """the one at fault"""

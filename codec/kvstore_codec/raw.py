@@ -24,7 +24,7 @@ def encode(
     places: Places, layout: KVLayout, header: ObjectHeader, isa: int = BEST, allocate: Allocate | None = None
 ) -> bytes | memoryview:  # fmt: skip
     """One object of all planes. `layout`: of the part; `header`: all but its last three fields."""
-    table, payload_bytes = _table(layout, header.tokens)
+    table, payload_bytes = table_of(layout, header.tokens)
     head: Any = container.header_bytes(header, [container.HEADER_BYTES + len(table) + payload_bytes], table) + table
     planes, segments = _native_planes(places, layout, isa), len(table) // SEGMENT_ENTRY_BYTES
     if allocate is None:
@@ -54,7 +54,7 @@ def _native_planes(places: Places, layout: KVLayout, isa: int = BEST) -> _native
 
 
 @lru_cache(256)
-def _table(layout: KVLayout, tokens: int) -> tuple[bytes, int]:
+def table_of(layout: KVLayout, tokens: int) -> tuple[bytes, int]:
     """The segment table of a chunk of `tokens` tokens, without its checksums, and the payload's bytes."""
     entries: list[bytes] = []
     total = 0

@@ -27,8 +27,11 @@ using PagedArgument = std::tuple<AnyArray, I64Array, std::size_t, std::size_t>;
 // bits [tokens, heads, dim], or the same in pages
 using PlaneArgument = std::variant<AnyArray, PagedArgument>;
 
+// An object has at most so many tokens; planes that several objects share may have more.
+inline constexpr std::size_t kObjectTokensMax = 0xFFFF;
+
 // `element`: bytes of one. Throws nb::value_error.
-inline PlaneView plane_view(const PlaneArgument& argument, std::size_t element) {
+inline PlaneView plane_view(const PlaneArgument& argument, std::size_t element, std::size_t tokens_max = kObjectTokensMax) {
     const PagedArgument* const pages = std::get_if<PagedArgument>(&argument);
     const AnyArray& array = pages ? std::get<0>(*pages) : std::get<AnyArray>(argument);
     const std::size_t axes = array.ndim();
@@ -62,14 +65,14 @@ inline PlaneView plane_view(const PlaneArgument& argument, std::size_t element) 
         plane.pages = block_ids.data();
         plane.page_tokens = array.shape(1) * (groups ? plane.token_group : 1);
         plane.page_stride = stride(0);
-        const bool fits = tokens <= 0xFFFF && first_token <= block_ids.size() * plane.page_tokens &&
+        const bool fits = tokens <= tokens_max && first_token <= block_ids.size() * plane.page_tokens &&
                           tokens <= block_ids.size() * plane.page_tokens - first_token;
         for (std::size_t i = 0; i < block_ids.size(); ++i)
             if (block_ids.data()[i] < 0 || static_cast<std::size_t>(block_ids.data()[i]) >= array.shape(0) || !fits)
                 throw nb::value_error("block ids must name pages, enough for the tokens");
         if (!fits) throw nb::value_error("block ids must name pages, enough for the tokens");
     }
-    if (plane.tokens == 0 || plane.tokens > 0xFFFF) throw nb::value_error("a plane has 1 to 65535 tokens");
+    if (plane.tokens == 0 || plane.tokens > tokens_max) throw nb::value_error("a plane has 1 to 65535 tokens");
     return plane;
 }
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 import kv_objects
 import pytest
+import xxhash
 from bulk_liar import BulkLiar, Script
 from hostile_server import HANG_S_MAX, Held, HostileServer, takes_all
 from kv_objects import small_layout
@@ -30,6 +32,9 @@ from kvstore_client import (
     Unavailable,
 )
 from kvstore_client.transports.bulk_path import Transport
+from kvstore_codec import container
+from kvstore_codec.container import HEADER_BYTES
+from kvstore_codec.raw_chunks import RawChunks
 from kvstore_proto.v1 import store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import CONTROL_BYTES_MAX, VERSION, Kind, frame, header
 
@@ -88,6 +93,8 @@ LIES: list[tuple[str, Script, type[KvClientError]]] = [
     ("silence", sends(b"", stays=True), DeadlineExceeded),
     ("silence inside an object", sends(frame(Kind.OBJECT, 1, HELD.blobs[1])[:-9], stays=True), DeadlineExceeded),
     ("a byte at a time", dribbles, DeadlineExceeded),
+    ("an object cut short", sends(frame(Kind.OBJECT, 1, HELD.blobs[1][:-1]) + WELL), ObjectDamaged),
+    ("an object with more behind it", sends(frame(Kind.OBJECT, 1, HELD.blobs[1] + b"x") + WELL), ObjectDamaged),
     ("a damaged object", sends(frame(Kind.OBJECT, 1, damaged(HELD.blobs[1])) + WELL), ObjectDamaged),
 ]  # fmt: skip
 
@@ -291,6 +298,95 @@ def test_what_lies_damaged_in_memory_ends_the_prefix(bad: int, threads: int) -> 
     assert bits(kv) == bits(codec.token_slice(LARGE.kv, 0, tokens))
     reason = ObjectDamaged.code.value
     assert registry.get_sample_value("kvstore_client_failures_total", {"call": "get", "reason": reason}) == 1
+
+
+def grouped(blob: bytes) -> bytes:
+    """The same object by an encoder that cuts the layers into as many segments elsewhere."""
+    info = codec.inspect(blob)
+    payload, entries, at, layer = blob[info.header.table_end :], [], 0, 0
+    layer_bytes = len(payload) // info.header.layers
+    counts = [segment.layer_count for segment in info.segments]
+    for count in (counts[0] + 1, counts[1] - 1, *counts[2:]):
+        size = count * layer_bytes
+        checksum = xxhash.xxh3_64_intdigest(payload[at : at + size])
+        entries.append(struct.pack("<BBHHHQQ", 0, 3, layer, count, 0, size, checksum))
+        at, layer = at + size, layer + count
+    table = b"".join(entries)
+    return container.header_bytes(info.header, [HEADER_BYTES + len(table) + len(payload)], table) + table + payload
+
+
+def damaged_early(blob: bytes) -> bytes:
+    at = codec.parse_header(blob).table_end
+    return blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :]
+
+
+@pytest.mark.parametrize("way", ["received", "in place", "first in place", "first received"])
+@pytest.mark.parametrize("bad", [None, 0, 2, 3, 4])
+def test_objects_of_another_encoder_are_read_too(way: str, bad: int | None) -> None:
+    """Raw ones between those that are read in pieces or together; some come, others lie in memory. And where one is
+    damaged, it is known which."""
+    assert grouped(LARGE.blobs[0]) != LARGE.blobs[0]
+    assert len(grouped(LARGE.blobs[0])) == len(LARGE.blobs[0])
+    blobs = [grouped(blob) if at % 2 else blob for at, blob in enumerate(LARGE.blobs)]
+    if bad is not None:
+        blobs[bad] = damaged_early(blobs[bad])
+    sizes = [len(blob) for blob in blobs]
+    received = {"received": range(6), "in place": range(0), "first in place": range(3, 6), "first received": range(3)}[
+        way
+    ]
+    answer = b""
+    for at in range(6):
+        if at in received:
+            answer += frame(Kind.OBJECT, at, blobs[at])
+        elif at - 1 in received or at == 0:
+            lying = range(at, 6) if way != "first in place" else range(at, 3)
+            told = transfer_pb2.Places(
+                offset=[sum(sizes[:each]) for each in lying], object_bytes=[sizes[each] for each in lying]
+            )
+            answer += frame(Kind.PLACES, at, told.SerializeToString())
+    found = kv_objects.answer_of(map(LARGE.status, range(6))).SerializeToString()
+    registry = CollectorRegistry()
+    with (
+        BulkLiar(
+            sends(answer + WELL, before=b"", found=frame(Kind.FOUND, 0, found), stays=True), b"".join(blobs)
+        ) as liar,
+        HostileServer(connect=liar.connect) as server,
+        Client(server.address, transport="shm", deadline=20.0, registry=registry) as client,
+    ):
+        kv, tokens = client.namespace(LARGE.layout).get(LARGE.tokens)
+    assert tokens == (6 if bad is None else bad) * LARGE.layout.chunk_tokens
+    assert bits(kv) == bits(codec.token_slice(LARGE.kv, 0, tokens))
+    failures = {"call": "get", "reason": ObjectDamaged.code.value}
+    assert (registry.get_sample_value("kvstore_client_failures_total", failures) or 0) == (bad is not None)
+
+
+def test_what_is_copied_together_ends_with_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two batches; what was copied before counts."""
+    read = RawChunks.read
+    batches: list[int] = []
+
+    def slowly(chunks: RawChunks, blobs: Sequence[memoryview], refs: Sequence[codec.ChunkRef]) -> int:
+        batches.append(len(blobs))
+        threading.Event().wait(0.6)
+        return read(chunks, blobs, refs)
+
+    monkeypatch.setattr(RawChunks, "read", slowly)
+    sizes = [len(blob) for blob in LARGE.blobs]
+    told = transfer_pb2.Places(offset=[sum(sizes[:at]) for at in range(6)], object_bytes=sizes)
+    found = frame(Kind.FOUND, 0, kv_objects.answer_of(map(LARGE.status, range(6))).SerializeToString())
+    script = sends(frame(Kind.PLACES, 0, told.SerializeToString()) + WELL, before=b"", found=found, stays=True)
+    with (
+        BulkLiar(script, b"".join(LARGE.blobs)) as liar,
+        HostileServer(connect=liar.connect) as server,
+        Client(
+            server.address, transport="shm", threads=1, deadline=DEADLINE_S, registry=CollectorRegistry()
+        ) as client,
+    ):  # fmt: skip
+        began = time.monotonic()
+        assert client.namespace(LARGE.layout).get(LARGE.tokens).n < len(LARGE.tokens)
+        assert time.monotonic() - began < DEADLINE_S + 0.6 + SLACK_S
+    assert len(batches) == 2
+    assert max(batches) < 3, "4 MiB at most"
 
 
 def hangs_up(accepted: socket.socket, kind: Kind, payload: bytes) -> None:

@@ -24,7 +24,7 @@ from prometheus_client import CollectorRegistry
 
 import kvstore_codec as codec
 from kvstore_client import Client
-from kvstore_client.fetching import decode_object
+from kvstore_codec.raw_chunks import RawChunks
 from kvstore_proto.v1 import admin_pb2, store_pb2, transfer_pb2
 from kvstore_proto.v1.bulk import Kind, frame
 from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded
@@ -175,12 +175,12 @@ def test_a_reader_killed_while_it_reads_holds_nothing(bulk_node: NodeProcess) ->
     script = """
         import os, signal, sys
         sys.path[:0] = sys.argv[2:]
-        import kvstore_client.receiving as receiving
         from bulk_peer import LAYOUT, TOKENS
         from kvstore_client import Client
+        from kvstore_codec.raw_chunks import RawChunks
         def dies(*arguments):
             os.kill(os.getpid(), signal.SIGKILL)
-        receiving.decode_object = dies
+        RawChunks.read = dies
         with Client(sys.argv[1], transport="shm", deadline=20.0) as client:
             client.namespace(LAYOUT).get(TOKENS[:256])
     """
@@ -202,11 +202,13 @@ def test_what_was_read_too_slowly_is_a_miss(bulk_node: NodeProcess, monkeypatch:
         cache.put(TOKENS[:256], codec.token_slice(KV, 0, 256), quality="raw")
         assert cache.get(TOKENS[:256])[1] == 256
 
-        def slowly(*arguments: Any) -> None:
-            threading.Event().wait(2.0)
-            decode_object(*arguments)
+        read = RawChunks.read
 
-        monkeypatch.setattr("kvstore_client.receiving.decode_object", slowly)
+        def slowly(*arguments: Any) -> int:
+            threading.Event().wait(2.0)
+            return read(*arguments)
+
+        monkeypatch.setattr(RawChunks, "read", slowly)
         assert cache.get(TOKENS[:256])[1] == 0
         monkeypatch.undo()
         assert cache.get(TOKENS[:256])[1] == 256

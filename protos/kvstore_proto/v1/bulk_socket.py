@@ -21,9 +21,8 @@ from kvstore_proto.v1.bulk import HEADER_BYTES, BadFrame, Header, Kind, header, 
 
 #: Of a TLS record's plaintext there are at most 16 KiB; writes of this size keep them whole and memory bounded.
 TLS_WRITE_BYTES = 1 << 20
-#: TLS gives a record at a time, which takes little longer than to tell of it: so many are read before that is done, for
-#: at most so long.
-TLS_READ_BYTES, TLS_READ_S = 256 << 10, 0.002
+#: So much, or for so long, is received over TLS before whoever waits for it is asked whether to go on.
+TLS_READ_BYTES, TLS_READ_S = 512 << 10, 0.002
 _VECTOR_MAX = 1024  # buffers that the kernel takes in one call
 _TIMEVAL = struct.Struct("@ll")
 
@@ -41,7 +40,8 @@ class BulkSocket:
 
     def __init__(self, sock: socket.socket, limit_s: float) -> None:
         self._socket = sock
-        self._tls = sock if isinstance(sock, ssl.SSLSocket) else None
+        self._tls = isinstance(sock, ssl.SSLSocket)
+        self._waitall = 0 if self._tls else socket.MSG_WAITALL
         self._buffer = memoryview(bytearray(HEADER_BYTES))
         self._limit_s = 0.0
         if sock.family != socket.AF_UNIX:
@@ -57,7 +57,7 @@ class BulkSocket:
         if 0.9 * self._limit_s <= seconds <= self._limit_s:
             return
         self._limit_s = seconds
-        if self._tls is not None:
+        if self._tls:
             self._socket.settimeout(seconds)
             return
         part, whole = math.modf(seconds)
@@ -68,7 +68,7 @@ class BulkSocket:
     def send(self, kind: Kind, index: int, payload: bytes | memoryview = b"") -> None:
         """Raises ConnectionEnded, NoProgress."""
         with _failures():
-            if self._tls is not None:
+            if self._tls:
                 self._socket.sendall(header(kind, index, len(payload)))
                 self._send_tls(payload)
                 return
@@ -85,7 +85,7 @@ class BulkSocket:
         """Frames that are complete, in pieces, as few system calls as can be. Raises as `send`."""
         left = [memoryview(each) for each in buffers if len(each)]
         with _failures():
-            if self._tls is not None:
+            if self._tls:
                 for each in left:
                     self._send_tls(each)
                 return
@@ -107,19 +107,20 @@ class BulkSocket:
         """Fills `view`. `until`: seconds left for all of it, asked again after each piece; `after` is told each piece's
         length. Raises ConnectionEnded, NoProgress."""
         at, length = 0, len(view)
-        with _failures():
-            while at < length:
-                if until is not None:
-                    left = until()
-                    if left <= 0:
-                        raise NoProgress
-                    self.limit(left)
-                got = self._receive_some(view[at:])
-                if not got:
-                    raise ConnectionEnded
-                at += got
-                if after is not None:
-                    after(got)
+        while at < length:
+            if until is not None:
+                left = until()
+                if left <= 0:
+                    raise NoProgress
+                self.limit(left)
+            with _failures():
+                rest = view[at:]
+                got = self._receive_tls(rest) if self._tls else self._socket.recv_into(rest, 0, self._waitall)
+            if not got:
+                raise ConnectionEnded
+            at += got
+            if after is not None:
+                after(got)
 
     def payload(self, found: Header) -> bytes:
         """Of a control frame. Raises as `receive_into`."""
@@ -162,16 +163,21 @@ class BulkSocket:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _receive_some(self, view: memoryview) -> int:
-        """How many bytes came; 0: the peer has ended it."""
-        if self._tls is None:
-            return self._socket.recv_into(view, 0, socket.MSG_WAITALL)
-        read, at, end = self._tls.read, 0, min(len(view), TLS_READ_BYTES)
-        end_s = time.monotonic() + TLS_READ_S
-        while at < end and (got := read(end - at, view[at:])):  # type: ignore[arg-type]  # any buffer is one
-            at += got
-            if time.monotonic() >= end_s:
-                break
+    def _receive_tls(self, view: memoryview) -> int:
+        """Waits for a record, and takes those with it that are here already, within bounds: there are thousands, of
+        16 KiB each or less, and what else is done for each takes as long as its decryption."""
+        receive = self._socket.recv_into
+        at, end = receive(view), min(len(view), TLS_READ_BYTES)
+        if 0 < at < end:
+            end_s = time.monotonic() + TLS_READ_S
+            self._socket.settimeout(0)
+            try:
+                while at < end and time.monotonic() < end_s and (got := receive(view[at:end])):
+                    at += got
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                pass
+            finally:
+                self._socket.settimeout(self._limit_s)
         return at
 
     def _send_tls(self, data: bytes | memoryview) -> None:

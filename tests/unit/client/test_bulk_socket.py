@@ -1,19 +1,20 @@
-"""What a bulk socket knows of its peer without waiting for it, and how TLS receives what trickles."""
+"""What a bulk socket knows of its peer without waiting for it, and how it receives over TLS."""
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from certificates import Authority
 
 from kvstore_proto.v1.bulk import Kind, frame
-from kvstore_proto.v1.bulk_socket import BulkSocket, NoProgress
+from kvstore_proto.v1.bulk_socket import BulkSocket, ConnectionEnded, NoProgress
 
 
 @pytest.fixture
@@ -44,57 +45,107 @@ def test_what_came_is_left_to_be_received(pair: tuple[BulkSocket, socket.socket]
     assert pair[0].is_open()
 
 
+# Over TLS, where a read gives no more than a record
+
+
+@pytest.fixture(scope="module")
+def contexts(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """(a client's, a server's)"""
+    authority = Authority(tmp_path_factory.mktemp("tls") / "authority")
+    own = authority.certificate("here")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(own.cert, own.key)
+    return ssl.create_default_context(cafile=str(authority.ca)), server
+
+
 @pytest.fixture
-def tls_pair(tmp_path: Path) -> Iterator[tuple[BulkSocket, ssl.SSLSocket]]:
-    authority = Authority(tmp_path / "ca")
-    own = authority.certificate("127.0.0.1")
-    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    serving.load_cert_chain(own.cert, own.key)
+def tls_pair(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) -> Iterator[tuple[BulkSocket, ssl.SSLSocket]]:
+    client, server = contexts
     ours, theirs = socket.socketpair()
-    wrapped: list[ssl.SSLSocket] = []
-    shaking = threading.Thread(target=lambda: wrapped.append(serving.wrap_socket(theirs, server_side=True)))
-    shaking.start()
-    trusting = ssl.create_default_context(cafile=authority.ca)
-    connection = BulkSocket(trusting.wrap_socket(ours, server_hostname="127.0.0.1"), 5.0)
-    shaking.join()
-    with wrapped[0]:
-        yield connection, wrapped[0]
-        connection.close()
+    with ThreadPoolExecutor(1) as threads:
+        accepting = threads.submit(server.wrap_socket, theirs, server_side=True)
+        connection = BulkSocket(client.wrap_socket(ours, server_hostname="127.0.0.1"), 5.0)
+        with accepting.result(5) as accepted:
+            yield connection, accepted
+            connection.close()
 
 
-def test_over_tls_what_trickles_is_told_of_and_ends_in_time(tls_pair: tuple[BulkSocket, ssl.SSLSocket]) -> None:
+@pytest.mark.parametrize("pieces", [[100_000], [1, 16_383, 16_384, 16_385, 50_847], [10_000] * 10])
+def test_records_make_what_was_sent_whatever_their_sizes(
+    tls_pair: tuple[BulkSocket, ssl.SSLSocket], pieces: list[int]
+) -> None:
     connection, theirs = tls_pair
-    ended = threading.Event()
+    data = bytes(range(250)) * 400
+    with ThreadPoolExecutor(1) as threads:
 
-    def trickle() -> None:
-        while not ended.wait(0.01):
-            theirs.sendall(b"x")
+        def send() -> None:
+            at = 0
+            for size in pieces:
+                theirs.sendall(data[at : at + size])
+                at += size
+            theirs.sendall(b"more")
 
-    trickling = threading.Thread(target=trickle)
-    trickling.start()
+        sending = threads.submit(send)
+        found = bytearray(len(data))
+        told: list[int] = []
+        connection.receive_into(memoryview(found), after=told.append, until=lambda: 5.0)
+        sending.result(5)
+    assert found == data
+    assert sum(told) == len(data)
+    rest = bytearray(4)
+    connection.receive_into(memoryview(rest))
+    assert rest == b"more", "nothing of what is behind it was taken"
+
+
+def test_records_that_are_here_are_told_before_more_is_waited_for(tls_pair: tuple[BulkSocket, ssl.SSLSocket]) -> None:
+    """And silence behind them ends in time, as silence."""
+    connection, theirs = tls_pair
     told: list[int] = []
-    ends_s = time.monotonic() + 0.3
-    try:
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(theirs.sendall, bytes(40_000))
+        began = time.monotonic()
         with pytest.raises(NoProgress):
             connection.receive_into(
-                memoryview(bytearray(500)), after=told.append, until=lambda: ends_s - time.monotonic()
+                memoryview(bytearray(100_000)), after=told.append, until=lambda: 0.3 - (time.monotonic() - began)
             )
-    finally:
-        ended.set()
-        trickling.join()
-    assert 0 < sum(told) < 500
-    assert len(told) == sum(told)
-    assert time.monotonic() < ends_s + 1.0
+        sending.result(5)
+    assert 0.25 < time.monotonic() - began < 2.0
+    assert sum(told) == 40_000
 
 
-def test_over_tls_many_records_are_told_of_together(tls_pair: tuple[BulkSocket, ssl.SSLSocket]) -> None:
+def test_records_that_end_early_are_an_ended_connection(tls_pair: tuple[BulkSocket, ssl.SSLSocket]) -> None:
     connection, theirs = tls_pair
-    data = bytes(range(256)) * 4096  # 64 records
-    sending = threading.Thread(target=theirs.sendall, args=(data,))
-    sending.start()
-    received, told = bytearray(len(data)), list[int]()
-    connection.receive_into(memoryview(received), after=told.append)
-    sending.join()
-    assert received == data
-    assert sum(told) == len(data)
-    assert len(told) < 64
+    with ThreadPoolExecutor(1) as threads:
+        sending = threads.submit(theirs.sendall, bytes(40_000))
+        sending.add_done_callback(lambda _: socket.socket.shutdown(theirs, socket.SHUT_RDWR))
+        with pytest.raises(ConnectionEnded):
+            connection.receive_into(memoryview(bytearray(100_000)))
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.01])
+def test_records_of_a_byte_do_not_outlast_the_time(
+    tls_pair: tuple[BulkSocket, ssl.SSLSocket], pause_s: float
+) -> None:  # fmt: skip
+    """However fast they come, and however slowly."""
+    connection, theirs = tls_pair
+    ended, told = threading.Event(), list[int]()
+
+    def trickle() -> None:
+        with contextlib.suppress(OSError):  # nobody receives any more
+            while not ended.wait(pause_s):
+                for _ in range(1 if pause_s else 100):
+                    theirs.sendall(b"x")
+
+    with ThreadPoolExecutor(1) as threads:
+        trickling = threads.submit(trickle)
+        ends_s = time.monotonic() + 0.3
+        with pytest.raises(NoProgress):
+            connection.receive_into(
+                memoryview(bytearray(10_000_000)), after=told.append, until=lambda: ends_s - time.monotonic()
+            )
+        late_s = time.monotonic() - ends_s
+        ended.set()
+        connection.shutdown()
+        trickling.result(5)
+    assert sum(told) > 0
+    assert late_s < 0.5
