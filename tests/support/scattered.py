@@ -8,7 +8,7 @@ import numpy as np
 
 import kvstore_codec as codec
 
-HOWS = ["heads before tokens", "dims before tokens", "every other token, backwards", "odd addresses", "pages"]
+HOWS = ["heads before tokens", "dims before tokens", "every other token, backwards", "odd addresses", "pages", "tiles"]
 
 
 def scattered(kv: Any, layout: codec.KVLayout, how: str) -> Any:
@@ -27,7 +27,7 @@ def scattered(kv: Any, layout: codec.KVLayout, how: str) -> Any:
         return [tuple(np.repeat(each, 2, axis=0)[::-2][::-1] for each in pair) for pair in pairs]
     if how == "odd addresses":
         return [tuple(_at_odd_address(each) for each in pair) for pair in pairs]
-    page_tokens, first = 3, 2
+    page_tokens, first = (4, 2) if how == "tiles" else (3, 2)
     blocks = [*range(1, (first + tokens) // page_tokens + 2)][::-1]
     caches = []
     for pair in pairs:
@@ -35,9 +35,16 @@ def scattered(kv: Any, layout: codec.KVLayout, how: str) -> Any:
         for each, cache in zip(pair, pages, strict=True):
             for token in range(tokens):
                 cache[blocks[(first + token) // page_tokens], (first + token) % page_tokens] = each[token]
-        caches.append((pages[0], pages[1]))
-    assert how == "pages"
+        caches.append((pages[0], pages[1]) if how == "pages" else (_in_tiles(pages[0]), _in_tiles(pages[1])))
+    assert how in ("pages", "tiles")
     return codec.PagedKV(caches, blocks, tokens, first)
+
+
+def _in_tiles(pages: Any) -> Any:
+    """Of two tokens by two elements, head by head."""
+    blocks, tokens, heads, dim = pages.shape
+    groups = pages.reshape(blocks, tokens // 2, 2, heads, dim // 2, 2)
+    return np.array(groups.transpose(0, 3, 1, 4, 2, 5), order="C").transpose(0, 2, 4, 1, 3, 5)
 
 
 def _at_odd_address(values: Any) -> Any:
