@@ -32,6 +32,7 @@ from vllm_tier import MODULE, Host, chain, offloading_config, tier_entry
 import kvstore_codec as codec
 from kvstore.index.entry import ObjectKey
 from kvstore_client import Client, InvalidArgument, KVLayout, RoPE
+from kvstore_client.integrations import vllm_tier
 from kvstore_client.integrations.transformers import kv_from_cache, layout_for, returned_cache
 from kvstore_proto.v1 import store_pb2 as pb
 
@@ -412,3 +413,12 @@ def test_jobs_of_unknown_places_end_as_failed(node: NodeProcess, start_host: Sta
     (result,) = host.tier.get_finished_jobs()
     assert (result.job_id, result.transfer_bytes) == (7, 0)
     assert counted(host) == {("store", "failed"): 2}
+
+
+@pytest.mark.parametrize("name", ["KVStoreTierManager", "KVStoreOffloadingConnector"])
+def test_another_version_is_refused_before_it_is_found_to_lack_something(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("vllm.__version__", "0.31.0")
+    with pytest.raises(InvalidArgument, match=r"knows vLLM 0.32.*found=0.31.0"):
+        getattr(vllm_tier, name)

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["KVStoreOffloadingConnector", "KVStoreTierManager"]
+__all__ = ["VERSIONS", "KVStoreOffloadingConnector", "KVStoreTierManager"]
+
+VERSIONS = ("0.32",)  # whose interface of tiers this is
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:  # before what other versions do not have is imported
+        import vllm
+
+        from kvstore_client.integrations.vllm.engine import check_version
+
+        check_version(vllm.__version__, VERSIONS)
     if name == "KVStoreOffloadingConnector":
         from kvstore_client.integrations.vllm_tier.connector import KVStoreOffloadingConnector
 

@@ -20,8 +20,9 @@ from kvstore_client.errors import InvalidArgument
 from kvstore_client.integrations.vllm.engine import check_version, facts_of, order_of
 from kvstore_client.integrations.vllm.identity import layout_of
 from kvstore_client.integrations.vllm.pages import PageOrder, PageShape
+from kvstore_client.integrations.vllm_tier import VERSIONS
 from kvstore_client.integrations.vllm_tier.rows import HEADS_FIRST, TOKENS_FIRST
-from kvstore_client.integrations.vllm_tier.tier import VERSIONS, KVStoreTierManager
+from kvstore_client.integrations.vllm_tier.tier import KVStoreTierManager
 
 _HASHES = ("sha256", "sha256_cbor")
 

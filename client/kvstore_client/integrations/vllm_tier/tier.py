@@ -25,13 +25,13 @@ from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvstore_client.client import Client
 from kvstore_client.integrations.vllm.engine import check_version
+from kvstore_client.integrations.vllm_tier import VERSIONS
 from kvstore_client.integrations.vllm_tier.chain import Chain
 from kvstore_client.integrations.vllm_tier.config import TierConfig
 from kvstore_client.integrations.vllm_tier.counts import CHUNKS, CHUNKS_HELP, Counts
 from kvstore_client.integrations.vllm_tier.rows import Rows
 from kvstore_client.integrations.vllm_tier.transfers import Transfers
 
-VERSIONS = ("0.32",)  # whose interface of tiers this is
 log = init_logger("vllm.kvstore")  # vLLM shows what is under its own name
 
 
