@@ -60,7 +60,7 @@ def test_one_stage_and_two_read_each_others_chunks(tmp_path: Path, start_engine:
     node = NodeProcess(tmp_path)
     try:
         one, two = start_engine(node.address, 1), start_engine(node.address, 2)
-        with Client(node.address, transport="grpc") as client:
+        with Client(node.address, transport="grpc", deadline=30.0) as client:
             for number, (writer, reader) in enumerate(((two, one), (one, two))):
                 asked = [prompt(number)]
                 assert writer.generate(asked, 1)["cached"] == [0]
@@ -95,7 +95,7 @@ def test_two_stages_of_two_tensor_parallel_workers(tmp_path: Path, start_engine:
         settings: dict[str, Any] = {"model": str(model), "dtype": "float32"}
         four = start_engine(node.address, 2, settings={**settings, "tensor_parallel_size": 2}, head_groups=2)
         one = start_engine(node.address, 1, settings=settings, head_groups=2)
-        with Client(node.address, transport="grpc") as client:
+        with Client(node.address, transport="grpc", deadline=30.0) as client:
             for number, (writer, reader) in enumerate(((four, one), (one, four))):
                 asked = [[token % 250 + 3 for token in prompt(number)]]
                 assert writer.generate(asked, 1)["cached"] == [0]
@@ -120,7 +120,7 @@ def test_a_chunk_that_one_stage_lacks_is_computed_by_both(
         engine = start_engine(node.address, 2)
         asked = [prompt(20)]
         assert engine.generate(asked, 1)["cached"] == [0]
-        with Client(node.address, transport="grpc") as client:
+        with Client(node.address, transport="grpc", deadline=30.0) as client:
             wait_stored(client, 1)
         want = engine.generate(asked, NEW_TOKENS)  # from its own cache
         assert want["cached"] == [WHOLE_CHUNKS * BLOCK_TOKENS]
@@ -130,7 +130,7 @@ def test_a_chunk_that_one_stage_lacks_is_computed_by_both(
         assert engine.reset()
         got = engine.generate(asked, NEW_TOKENS)
         assert got["tokens"] == want["tokens"]
-        with Client(node.address, transport="grpc") as client:
+        with Client(node.address, transport="grpc", deadline=30.0) as client:
             wait_stored(client, 1)  # the second stage has saved its part anew
         assert engine.reset()
         again = engine.generate(asked, NEW_TOKENS)
@@ -150,7 +150,7 @@ def test_a_node_that_dies_in_a_load_of_two_stages_costs_no_tokens(
         engine = start_engine(relay.address, 2, transport="grpc")
         asked = [prompt(7)]
         engine.generate(asked, 1)
-        with Client(node.address, transport="grpc") as client:
+        with Client(node.address, transport="grpc", deadline=30.0) as client:
             wait_stored(client, 1)
             want = engine.generate(asked, NEW_TOKENS)
             assert engine.reset()
